@@ -1,0 +1,73 @@
+"""Learned quantization for PyTorch Lightning: train, compare and ship low-bit networks."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lq import callbacks, functional, metrics, models, nn, quantizers
+    from lq.calibration import calibrate, reestimate_batch_norm
+    from lq.callbacks import HoldAtAlignment, HoldAtStep, HoldOnPlateau, LearnedQuantization, QuantizationTracker
+    from lq.checkpoints import load_from_checkpoint
+    from lq.network import network_size, parameter_groups, scale_regularizer, set_slope
+    from lq.spec import QuantSpec
+    from lq.surgery import SwapReport, dequantize_model, quantize_model
+
+_MODULES = ("callbacks", "functional", "metrics", "models", "nn", "quantizers")
+_NAMES = {
+    "calibrate": "lq.calibration",
+    "reestimate_batch_norm": "lq.calibration",
+    "HoldAtAlignment": "lq.callbacks",
+    "HoldAtStep": "lq.callbacks",
+    "HoldOnPlateau": "lq.callbacks",
+    "LearnedQuantization": "lq.callbacks",
+    "QuantizationTracker": "lq.callbacks",
+    "load_from_checkpoint": "lq.checkpoints",
+    "network_size": "lq.network",
+    "parameter_groups": "lq.network",
+    "scale_regularizer": "lq.network",
+    "set_slope": "lq.network",
+    "QuantSpec": "lq.spec",
+    "SwapReport": "lq.surgery",
+    "dequantize_model": "lq.surgery",
+    "quantize_model": "lq.surgery",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "HoldAtAlignment",
+    "HoldAtStep",
+    "HoldOnPlateau",
+    "LearnedQuantization",
+    "QuantSpec",
+    "QuantizationTracker",
+    "SwapReport",
+    "calibrate",
+    "callbacks",
+    "dequantize_model",
+    "functional",
+    "load_from_checkpoint",
+    "metrics",
+    "models",
+    "network_size",
+    "nn",
+    "parameter_groups",
+    "quantize_model",
+    "quantizers",
+    "reestimate_batch_norm",
+    "scale_regularizer",
+    "set_slope",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``import lq`` costs nothing and needs neither hydra nor mlflow."""
+    if name in _MODULES:
+        return import_module(f"lq.{name}")
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'lq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,14 @@
+"""Lightning callbacks: short hooks that delegate to plain functions."""
+
+from lq.callbacks.learned_quantization import LearnedQuantization
+from lq.callbacks.schedule import AnnealSpec, HoldAtAlignment, HoldAtStep, HoldOnPlateau
+from lq.callbacks.tracker import QuantizationTracker
+
+__all__ = [
+    "AnnealSpec",
+    "HoldAtAlignment",
+    "HoldAtStep",
+    "HoldOnPlateau",
+    "LearnedQuantization",
+    "QuantizationTracker",
+]

@@ -1,0 +1,116 @@
+"""Run a LightningModule on training batches without leaving a trace on it, its loader or the random state."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+from lq.calibration import default_forward
+
+__all__ = ["Forward", "overrides", "shadow", "training_batches"]
+
+Forward = Callable[[Any, Any], Any]
+
+
+def overrides(module: Any, name: str) -> bool:
+    """Whether the user's class (or an instance attribute) defines a hook that Lightning's base class leaves empty.
+
+    Args:
+        module: a LightningModule, of the package lightning or pytorch_lightning.
+        name: of the hook.
+
+    Returns:
+        True where it is the user's.
+    """
+    if name in vars(module):
+        return True
+    owner = next((c for c in type(module).__mro__ if name in vars(c)), None)
+    return owner is not None and not owner.__module__.startswith(("lightning.", "pytorch_lightning.", "torch."))
+
+
+@contextmanager
+def training_batches(trainer: Any, count: int) -> Iterator[Iterator[Any]]:
+    """First batches of the training loader, on the device, as if they had never been drawn.
+
+    Loaders are read in this process, through a copy that shares the dataset and the sampler; random states, global
+    and those of samplers, are restored.
+
+    Args:
+        trainer: of a fit whose loaders are set up.
+        count: number of batches, at most.
+
+    Yields:
+        Iterator over the batches.
+    """
+    from torch.utils._pytree import tree_map_only
+
+    kept: list[tuple[torch.Generator, torch.Tensor]] = []
+
+    def twin(loader: Any) -> Any:
+        if not isinstance(loader, DataLoader):
+            try:
+                return copy.deepcopy(loader)
+            except Exception:  # an iterable of unknown kind that does not copy is read itself
+                return loader
+        for owner in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                kept.append((generator, generator.get_state()))
+        common = {"dataset": loader.dataset, "collate_fn": loader.collate_fn, "generator": loader.generator}
+        if loader.batch_sampler is None:
+            return DataLoader(**common, batch_size=loader.batch_size, drop_last=loader.drop_last)
+        return DataLoader(**common, batch_sampler=loader.batch_sampler)
+
+    leaves = tree_map_only(object, twin, trainer.train_dataloader)
+    combined = CombinedLoader(leaves, "max_size_cycle")
+    with isolate_rng():
+        try:
+            batches = (item[0] for item in islice(iter(combined), count))
+            yield (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches)
+        finally:
+            for generator, state in kept:
+                generator.set_state(state)
+
+
+def shadow(trainer: Any, pl_module: Any, forward: Forward | None) -> tuple[Any, Forward]:
+    """A copy of a LightningModule and a function that runs it on a batch as training would, without logging.
+
+    Args:
+        trainer: the module's trainer.
+        pl_module: the module; nothing of it changes.
+        forward: the user's way to run it on a batch; None takes `training_step`, or under manual optimization (where
+            that would step the optimizers) the module's own forward on the first element of the batch.
+
+    Returns:
+        The copy and the function.
+
+    Raises:
+        ValueError: under manual optimization without a forward.
+    """
+    if forward is None and not pl_module.automatic_optimization and not overrides(pl_module, "forward"):
+        raise ValueError(
+            f"calibration_forward must be given for {type(pl_module).__name__}, which optimizes manually and has no "
+            "forward: pass LearnedQuantization(calibration_forward=lambda module, batch: module.net(batch[0]))"
+        )
+    twin = copy.deepcopy(pl_module)
+    twin.trainer = trainer
+    twin.log = twin.log_dict = lambda *_, **__: None
+
+    def run(module: Any, batch: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
+            if forward is not None:
+                return forward(module, batch)
+            if not module.automatic_optimization:
+                return default_forward(module, batch)
+            step = type(module).training_step
+            takes_index = len(inspect.signature(step).parameters) > 2
+            return step(module, batch, 0) if takes_index else step(module, batch)
+
+    return twin, run

@@ -1,0 +1,109 @@
+"""Checks that turn silent failures of quantization-aware training into errors that name the fix."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lq.network import layer_statistics, scale_parameters
+from lq.nn import named_quantized_layers
+
+__all__ = ["check_averaging_order", "check_collapse", "check_loss", "check_optimizers"]
+
+CLIPPED_LIMIT = 0.99
+ZERO_LIMIT = 0.999
+
+
+def check_averaging_order(callbacks: Sequence[Any], callback: Any) -> None:
+    """Refuse a weight-averaging callback that copies the model before it is quantized.
+
+    Args:
+        callbacks: of the trainer, in order.
+        callback: the one that swaps layers.
+
+    Raises:
+        ValueError: where an averaging callback stands before it.
+    """
+    for other in callbacks[: callbacks.index(callback)]:
+        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+            ours, theirs = type(callback).__name__, type(other).__name__
+            raise ValueError(
+                f"callbacks must list {ours} before {theirs}, got the reverse: {theirs} would copy the float model and "
+                f"skip the learned scales. Write callbacks=[{ours}(...), {theirs}(...)]"
+            )
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+    """See that the learned scales are trained.
+
+    Args:
+        optimizers: of the trainer.
+        model: the quantized model.
+
+    Raises:
+        ValueError: where no scale is in any optimizer.
+
+    Warns:
+        UserWarning: where some are in none.
+    """
+    optimized = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    missing = [names[id(p)] for p in scale_parameters(model) if p.requires_grad and id(p) not in optimized]
+    if not missing or not optimizers:
+        return
+    fix = "build it in configure_optimizers from self.parameters(), which holds them by then"
+    if len(missing) == sum(p.requires_grad for p in scale_parameters(model)):
+        raise ValueError(f"the optimizer must hold the learned scales, got none of them ({missing[0]}, ...): {fix}")
+    rank_zero_warn(f"{len(missing)} learned scales are in no optimizer and stay fixed ({missing[0]}, ...): {fix}")
+
+
+def check_loss(loss: torch.Tensor, step: int) -> None:
+    """Stop at a loss that is not finite, before a checkpoint of it is written.
+
+    Args:
+        loss: of this batch.
+        step: optimizer steps taken.
+
+    Raises:
+        ValueError: where it is NaN or infinite.
+    """
+    if not bool(torch.isfinite(loss).all()):
+        raise ValueError(
+            f"the training loss must be finite, got {float(loss):g} at optimizer step {step}: lower the learning rate "
+            "or scale_lr_factor, clip gradients, or resume from the last checkpoint, which is intact"
+        )
+
+
+def check_collapse(model: nn.Module, allowed: frozenset[str] | None = None) -> frozenset[str]:
+    """Find layers whose scale has collapsed: to zero, which clips every weight, or so far up that all round to zero.
+
+    Args:
+        model: a quantized model.
+        allowed: layers that may look so because they did from the start (weights initialised to zero); None only
+            finds.
+
+    Returns:
+        Paths of such layers.
+
+    Raises:
+        ValueError: for a layer that is not allowed to.
+    """
+    found = {}
+    scales = {path: layer.weight_quantizer.scale for path, layer in named_quantized_layers(model).items()}
+    for path, sums in layer_statistics(model).items():
+        clipped, zero = float(sums.clipped_fraction), float(sums.zero_fraction)
+        broken = not bool(torch.isfinite(scales[path]).all())
+        if broken or clipped > CLIPPED_LIMIT or zero > ZERO_LIMIT:
+            found[path] = f"{clipped:.1%} of its weights are clipped, {zero:.1%} are zero"
+    for path, what in found.items():
+        if allowed is not None and path not in allowed:
+            scale = scales[path].detach().abs()
+            raise ValueError(
+                f"the scale of layer {path!r} has collapsed: {what}, scale {float(scale.min()):.3g} to "
+                f"{float(scale.max()):.3g}. Lower scale_lr_factor or strength, or give it more bits with "
+                f"overrides={{{path!r}: {{'bits': 8}}}}"
+            )
+    return frozenset(found)

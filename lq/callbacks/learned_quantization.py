@@ -1,0 +1,295 @@
+"""Quantization-aware training as one Lightning callback."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lq.calibration import calibrate, reestimate_batch_norm, uncalibrated_layers
+from lq.callbacks.batches import Forward, overrides, shadow, training_batches
+from lq.callbacks.guards import check_averaging_order, check_collapse, check_loss, check_optimizers
+from lq.callbacks.schedule import Annealing, AnnealSpec, describe
+from lq.callbacks.tracker import QuantizationTracker
+from lq.checkpoints import checkpoint_entry, restore_plan
+from lq.network import scale_parameters, scale_regularizer, set_slope
+from lq.nn import QuantLayer, named_quantized_layers
+from lq.quantizers import ActivationQuantizer
+from lq.scale_rules import ScaleRules
+from lq.spec import QuantSpec
+from lq.surgery import SwapReport, execution_order, find_layers, quantize_model, reassign_ends, run_example
+from lq.tracking import log_rows, log_text, metric
+
+__all__ = ["LearnedQuantization"]
+
+_SPEC_FIELDS = tuple(f.name for f in fields(QuantSpec))
+_ANNEAL_FIELDS = tuple(f.name for f in fields(AnnealSpec))
+
+_say = rank_zero_only(print)
+
+
+class LearnedQuantization(Callback):
+    """Trains a low-bit network around an unmodified LightningModule.
+
+    Swaps its layers before the optimizers are built, calibrates activations on the first training batches, raises
+    the slope of the staircase with every optimizer step, adds the gradient of the scale regularizer, and logs
+    alignment and quantization loss. Validation and test always see the hard network that will ship.
+
+    Args:
+        spec: what to quantize and how; or give its fields (``bits=4``, ...) as keywords.
+        anneal: slope, hold and regularizer; or give its fields (``slope_end=16``, ...) as keywords.
+        calibration_forward: runs the module on a batch to calibrate; needed only where the module optimizes manually
+            and has no forward of its own.
+        log_every_n_steps: optimizer steps between logs; None takes ``Trainer(log_every_n_steps)``.
+        log_layers: whether to log every layer, too.
+        **settings: fields of `lq.QuantSpec` and `lq.callbacks.AnnealSpec`.
+
+    Raises:
+        TypeError: for a keyword that is neither's field.
+        ValueError: for a bad value, naming the field, the values allowed and the fix.
+
+    Note:
+        Place it before `WeightAveraging` and its like. Use `lq.load_from_checkpoint` to load what it trained.
+
+    >>> callback = LearnedQuantization(bits=3, slope_end=12.0)
+    >>> callback.spec.bits, callback.anneal.slope_end
+    (3, 12.0)
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec | None = None,
+        anneal: AnnealSpec | None = None,
+        *,
+        calibration_forward: Forward | None = None,
+        log_every_n_steps: int | None = None,
+        log_layers: bool = True,
+        **settings: Any,
+    ) -> None:
+        """Validate everything; nothing is touched before `setup`."""
+        super().__init__()
+        self.spec = _choose("spec", spec, QuantSpec, {k: v for k, v in settings.items() if k in _SPEC_FIELDS})
+        self.anneal = _choose("anneal", anneal, AnnealSpec, {k: v for k, v in settings.items() if k in _ANNEAL_FIELDS})
+        unknown = [name for name in settings if name not in (*_SPEC_FIELDS, *_ANNEAL_FIELDS)]
+        if unknown:
+            raise TypeError(
+                f"LearnedQuantization got unknown settings {unknown}: allowed are {_SPEC_FIELDS + _ANNEAL_FIELDS}"
+            )
+        self.calibration_forward = calibration_forward
+        self.tracker = QuantizationTracker(log_every_n_steps, log_layers)
+        self.annealing = Annealing(self.anneal)
+        self.report: SwapReport | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._rules: list[ScaleRules] = []
+        self._collapsed_at_start: frozenset[str] = frozenset()
+        self._stepped = self._started = False
+        self._regularizer: torch.Tensor | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Swap the layers, or arrange that layers which the module builds later are swapped when they exist."""
+        check_averaging_order(trainer.callbacks, self)  # pyright: ignore[reportAttributeAccessIssue]
+        self._started = False
+        if stage == "fit":
+            self.annealing = Annealing(self.anneal)
+        restore = pl_module.on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            restore(checkpoint)
+            restore_plan(pl_module, checkpoint, self.spec)
+
+        self._patch(pl_module, "on_load_checkpoint", on_load_checkpoint)
+        if not (overrides(pl_module, "setup") or overrides(pl_module, "configure_model")):
+            self._swap(pl_module)
+            return
+        configure = pl_module.configure_model
+
+        def configure_model() -> None:
+            configure()
+            self._swap(pl_module)
+
+        self._patch(pl_module, "configure_model", configure_model)
+
+    def _patch(self, pl_module: LightningModule, name: str, replacement: Callable[..., Any]) -> None:
+        had, before = name in vars(pl_module), vars(pl_module).get(name)
+        setattr(pl_module, name, replacement)
+        self._undo.append(lambda: setattr(pl_module, name, before) if had else delattr(pl_module, name))
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        found = find_layers(pl_module)
+        if any(isinstance(f.module, QuantLayer) for f in found) and not any(f.obstacle == "" for f in found):
+            return  # swapped in an earlier stage
+        self.report = quantize_model(pl_module, self.spec, pl_module.example_input_array)
+        set_slope(pl_module, self.anneal.slope_start)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that these figures do not count."""
+        if uncalibrated_layers(pl_module):
+            _say("The sanity check runs before calibration: activations are not quantized in it.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate, find the first and last block, take charge of the scales, report."""
+        self._started = True
+        if not named_quantized_layers(pl_module):
+            raise ValueError("no layer was quantized: build the network in __init__, setup or configure_model")
+        self.annealing.resolve(trainer.estimated_stepping_batches)
+        if uncalibrated_layers(pl_module):
+            self._calibrate(trainer, pl_module)
+        check_optimizers(trainer.optimizers, pl_module)
+        scales = scale_parameters(pl_module)
+        self._rules = [ScaleRules(o, scales, self.anneal.scale_lr_factor) for o in trainer.optimizers]
+        self._collapsed_at_start = check_collapse(pl_module)
+        set_slope(pl_module, self.annealing.slope)
+        if self.report is not None and self.annealing.step == 0:
+            _say(f"\n{self.report}\n")
+            if trainer.is_global_zero:
+                log_text(trainer.loggers, "lq/swap_report.txt", str(self.report))
+                log_rows(trainer.loggers, "lq/swap_report.json", self.report.to_dicts())
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        twin, run = shadow(trainer, pl_module, self.calibration_forward)
+        with training_batches(trainer, self.anneal.calibration_batches) as batches:
+            order = execution_order(twin, lambda: calibrate(twin, batches, run))
+        copies = dict(twin.named_modules())
+        for path, module in pl_module.named_modules():
+            if isinstance(module, ActivationQuantizer):
+                module.load_state_dict(copies[path].state_dict())
+        example = pl_module.example_input_array
+        if example is not None:  # the user's word on what runs first and last; else the batches decide
+            order = execution_order(pl_module, lambda: run_example(pl_module, example))
+        if self.report is not None:
+            self.report = reassign_ends(pl_module, self.spec, order)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the slope of this step."""
+        set_slope(pl_module, self.annealing.slope)
+        self._stepped = False
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Add the gradient of the regularizer, once per step, after unscaling and before clipping."""
+        self._stepped = True
+        strength = self.annealing.strength
+        if strength == 0:
+            return
+        layers = named_quantized_layers(pl_module).values()
+        candidates = {id(p) for layer in layers for p in layer.parameters()}
+        groups = optimizer.param_groups
+        params = [p for group in groups for p in group["params"] if id(p) in candidates and p.requires_grad]
+        if not params:
+            return
+        with torch.enable_grad():
+            value = scale_regularizer(
+                pl_module,
+                kind=self.anneal.regularizer or "nearest",
+                on=self.anneal.regularizer_on,
+                scale_gradient=self.anneal.regularizer_scale_gradient,
+            )
+            gradients = torch.autograd.grad(value, params, allow_unused=True)
+        factor = strength * _loss_scale(trainer, optimizer)
+        for parameter, gradient in zip(params, gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient.to(parameter.dtype) * factor
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self._regularizer = value.detach()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step, check for collapse, log when due."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        due = self._stepped and self.tracker.due(trainer, self.annealing.step + 1)
+        if isinstance(loss, torch.Tensor) and (due or loss.device.type == "cpu" or trainer.is_last_batch):
+            check_loss(loss, self.annealing.step)
+        if not self._stepped:
+            return
+        slope, strength = self.annealing.slope, self.annealing.strength
+        self.annealing.advance()
+        if not due:
+            return
+        extra = {metric("slope"): slope}
+        if self._regularizer is not None:
+            extra[metric("regularizer")] = float(self._regularizer)
+        if isinstance(loss, torch.Tensor):
+            # Lightning hands over the loss of this batch undivided
+            extra[metric("loss_total")] = float(loss) + strength * extra.get(metric("regularizer"), 0.0)
+        check_collapse(pl_module, allowed=self._collapsed_at_start)
+        values = self.tracker.log(trainer, pl_module, self.annealing.step, extra)
+        self.annealing.see_alignment(values[metric("alignment")])
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Re-estimate batch norms before the first batch, when weight averaging has put its weights in place."""
+        first = batch_idx == 0 and dataloader_idx == 0
+        if not first or not self.anneal.reestimate_bn or not self._started or trainer.sanity_checking:
+            return
+        twin, run = shadow(trainer, pl_module, self.calibration_forward)
+        with training_batches(trainer, self.anneal.reestimate_bn) as batches:
+            reestimate_batch_norm(twin, batches, run)
+        buffers = dict(twin.named_buffers())
+        with torch.no_grad():
+            for name, buffer in pl_module.named_buffers():
+                buffer.copy_(buffers[name])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the plateau criterion."""
+        if self._started and not trainer.sanity_checking:
+            self.annealing.see_metrics(dict(trainer.callback_metrics))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Release the optimizers."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing attached after a crash."""
+        self._release()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to have trained on nothing: Lightning skips an empty loader without a word."""
+        if not self._started and trainer.train_dataloader is not None and trainer.num_training_batches == 0:
+            raise ValueError("train_dataloader must yield at least one batch, got an empty one: check the dataset")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undo what `setup` arranged; the layers stay quantized."""
+        self._release()
+
+    def _release(self) -> None:
+        for rules in self._rules:
+            rules.remove()
+        while self._undo:
+            self._undo.pop()()
+        self._rules = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint what it is."""
+        checkpoint["lq"] = checkpoint_entry(pl_module, self.spec) | {"anneal": describe(self.anneal)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, hold and plateau."""
+        return self.annealing.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the very same slope."""
+        self.annealing.load_state_dict(state_dict)
+
+
+def _choose(name: str, given: Any, kind: type, settings: dict[str, Any]) -> Any:
+    if given is None:
+        return kind(**settings)
+    if not isinstance(given, kind):
+        raise TypeError(
+            f"{name} must be a {kind.__name__}, got {given!r}: write {kind.__name__}(...) or give its fields"
+        )
+    if settings:
+        raise TypeError(f"{name} must be given whole or as fields, got both: move {sorted(settings)} into {name}")
+    return given
+
+
+def _loss_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """Fused optimizers unscale inside their step, so their gradients still carry the factor of the grad scaler."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    return float(scaler.get_scale()) if scaler is not None and fused else 1.0

@@ -1,0 +1,268 @@
+"""When the slope rises and stops, and how strong the regularizer is: settings and the state that survives a resume."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lq.functional.regularizer import REGULARIZERS
+from lq.functional.schedule import SCHEDULES, ramp
+
+__all__ = ["AnnealSpec", "Annealing", "Hold", "HoldAtAlignment", "HoldAtStep", "HoldOnPlateau"]
+
+
+@dataclass(frozen=True)
+class HoldAtStep:
+    """Hold the slope from an optimizer step on.
+
+    Args:
+        step: optimizer steps from the start, at least 0.
+    """
+
+    step: int
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if self.step < 0:
+            raise ValueError(f"step must not be negative, got {self.step}: count optimizer steps from 0")
+
+
+@dataclass(frozen=True)
+class HoldAtAlignment:
+    """Hold the slope once the mean alignment of the weights reaches a threshold.
+
+    Args:
+        threshold: alignment from -1 to 1; checked whenever metrics are logged.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold must be an alignment from -1 to 1, got {self.threshold}: try 0.9")
+
+
+@dataclass(frozen=True)
+class HoldOnPlateau:
+    """Hold the slope once a monitored metric stops getting better.
+
+    Args:
+        monitor: name of a logged metric; checked after every validation.
+        patience: validations without improvement that are tolerated, at least 0.
+        min_delta: smallest change that counts as improvement.
+        mode: "max" or "min".
+    """
+
+    monitor: str
+    patience: int = 2
+    min_delta: float = 0.0
+    mode: str = "max"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {self.mode!r}: use 'max' for accuracy, 'min' for loss")
+        if self.patience < 0:
+            raise ValueError(f"patience must not be negative, got {self.patience}: count validations from 0")
+
+
+Hold = HoldAtStep | HoldAtAlignment | HoldOnPlateau
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealSpec:
+    """How training anneals the staircase and pulls weights onto their levels.
+
+    Args:
+        slope_start: slope at the first optimizer step.
+        slope_end: slope after ``anneal_steps``.
+        anneal_steps: length of the rise, in optimizer steps, or as a fraction of the fit (0.8 is 80 %).
+        hold: criterion that ends the rise early: HoldAtStep, HoldAtAlignment or HoldOnPlateau; null for none.
+        regularizer: "nearest", "l1" or "sine"; null for none.
+        regularizer_on: distance of the "latent" weight, or of the "quantized" one that training sees.
+        regularizer_scale_gradient: whether scales learn from the regularizer.
+        strength: factor on the regularizer at the end of its ramp.
+        strength_schedule: ramp over ``anneal_steps``, "linear" or "cosine" from 0, or "constant".
+        scale_lr_factor: learning rate of scales relative to that of their parameter group.
+        calibration_batches: training batches that set the activation scales before the first step.
+        reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, 0 for none.
+
+    Raises:
+        ValueError: naming the field, the value got, the values allowed and the fix.
+    """
+
+    slope_start: float = 1.0
+    slope_end: float = 16.0
+    anneal_steps: int | float = 0.8
+    hold: Hold | None = None
+    regularizer: str | None = "nearest"
+    regularizer_on: str = "latent"
+    regularizer_scale_gradient: bool = False
+    strength: float = 1.0
+    strength_schedule: str = "linear"
+    scale_lr_factor: float = 1.0
+    calibration_batches: int = 8
+    reestimate_bn: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate every field."""
+        if not 0 <= self.slope_start <= self.slope_end:
+            raise ValueError(
+                f"slope_start must lie from 0 to slope_end, got {self.slope_start} and {self.slope_end}: it rises"
+            )
+        fraction = isinstance(self.anneal_steps, float)
+        if not (0 < self.anneal_steps <= 1 if fraction else self.anneal_steps >= 1):
+            raise ValueError(
+                f"anneal_steps must be an integer of at least 1 or a fraction in (0, 1], got {self.anneal_steps!r}: "
+                "use 0.8 for 80 % of the fit"
+            )
+        if self.hold is not None and not isinstance(self.hold, Hold):
+            raise ValueError(f"hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got {self.hold!r}")
+        for name, allowed in (
+            ("regularizer", (*REGULARIZERS, None)),
+            ("regularizer_on", ("latent", "quantized")),
+            ("strength_schedule", SCHEDULES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}: choose one of those")
+        for name in ("strength", "scale_lr_factor", "reestimate_bn"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}: use 0 to switch it off")
+        if self.calibration_batches < 1:
+            raise ValueError(f"calibration_batches must be at least 1, got {self.calibration_batches!r}: try 8")
+
+
+class Annealing:
+    """Slope and strength at the present step, and whether the slope is held.
+
+    Args:
+        spec: the settings.
+
+    >>> annealing = Annealing(AnnealSpec(slope_end=9.0, anneal_steps=4, hold=HoldAtStep(3)))
+    >>> annealing.resolve(total_steps=10)
+    >>> slopes = []
+    >>> for _ in range(5):
+    ...     slopes.append(annealing.slope)
+    ...     annealing.advance()
+    >>> slopes
+    [1.0, 3.0, 5.0, 7.0, 7.0]
+    """
+
+    def __init__(self, spec: AnnealSpec) -> None:
+        """Start at step 0, not held."""
+        self.spec = spec
+        self.step = 0
+        self.held_at: int | None = None
+        self.steps: int | None = None
+        self.best: float | None = None
+        self.waited = 0
+
+    def resolve(self, total_steps: float) -> None:
+        """Turn a fraction of the fit into optimizer steps, once.
+
+        Args:
+            total_steps: optimizer steps of the whole fit, infinite where unknown.
+
+        Raises:
+            ValueError: for a fraction of an endless fit.
+        """
+        if self.steps is not None:
+            return
+        if isinstance(self.spec.anneal_steps, int):
+            self.steps = self.spec.anneal_steps
+        elif math.isinf(total_steps):
+            raise ValueError(
+                f"anneal_steps must be an integer for a fit without an end, got the fraction {self.spec.anneal_steps}: "
+                "set Trainer(max_epochs=...) or give anneal_steps in optimizer steps"
+            )
+        else:
+            self.steps = max(1, round(self.spec.anneal_steps * total_steps))
+
+    @property
+    def slope(self) -> float:
+        """Slope at the present step."""
+        at = self.step if self.held_at is None else min(self.step, self.held_at)
+        return ramp(self.spec.slope_start, self.spec.slope_end, self.steps or 1)(at)
+
+    @property
+    def strength(self) -> float:
+        """Strength of the regularizer at the present step; 0 without one."""
+        if self.spec.regularizer is None:
+            return 0.0
+        return ramp(0.0, self.spec.strength, self.steps or 1, self.spec.strength_schedule)(self.step)
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+        if isinstance(self.spec.hold, HoldAtStep) and self.step >= self.spec.hold.step:
+            self._hold(self.spec.hold.step)
+
+    def see_alignment(self, alignment: float) -> None:
+        """Check the alignment criterion.
+
+        Args:
+            alignment: mean alignment of the weights now.
+        """
+        if isinstance(self.spec.hold, HoldAtAlignment) and alignment >= self.spec.hold.threshold:
+            self._hold(self.step)
+
+    def see_metrics(self, metrics: dict[str, Any]) -> None:
+        """Check the plateau criterion.
+
+        Args:
+            metrics: what the trainer has logged.
+
+        Raises:
+            ValueError: where the monitored metric is missing.
+        """
+        hold = self.spec.hold
+        if not isinstance(hold, HoldOnPlateau):
+            return
+        if hold.monitor not in metrics:
+            raise ValueError(
+                f"hold.monitor must be a logged metric, got {hold.monitor!r}; logged are {sorted(metrics)}: "
+                "log it in validation_step or monitor one of those"
+            )
+        value = float(metrics[hold.monitor]) * (1 if hold.mode == "max" else -1)
+        if self.best is None or value > self.best + hold.min_delta:
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited > hold.patience:
+            self._hold(self.step)
+
+    def _hold(self, step: int) -> None:
+        if self.held_at is None:
+            self.held_at = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """State as plain Python values.
+
+        Returns:
+            Everything that a resume needs.
+        """
+        return {k: getattr(self, k) for k in ("step", "held_at", "steps", "best", "waited")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore.
+
+        Args:
+            state: from `state_dict`.
+        """
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def describe(spec: AnnealSpec) -> dict[str, Any]:
+    """Settings as plain values, the hold criterion with its name.
+
+    Args:
+        spec: the settings.
+
+    Returns:
+        Field names and values.
+    """
+    values = asdict(spec)
+    if spec.hold is not None:
+        values["hold"] = {"criterion": type(spec.hold).__name__, **asdict(spec.hold)}
+    return values

@@ -1,0 +1,79 @@
+"""Log how a quantized network does, through any Lightning logger."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lq.nn import named_quantized_layers
+from lq.tracking import metric, network_metrics
+
+__all__ = ["QuantizationTracker"]
+
+_MONITORED = ("alignment", "quantization_loss", "slope", "regularizer", "loss_total")
+
+
+class QuantizationTracker(Callback):
+    """Logs alignment, quantization loss and the like of the network and of every layer.
+
+    `LearnedQuantization` brings its own; add this one to follow a model that was quantized by hand.
+
+    Everything goes out in one ``log_metrics`` call per logger every N optimizer steps; a few figures are also given to
+    the trainer, so that ``ModelCheckpoint(monitor="lq/alignment")`` and its like can use them.
+
+    Args:
+        every_n_steps: optimizer steps between logs; None takes ``Trainer(log_every_n_steps)``.
+        layers: whether to log every layer, too.
+
+    Raises:
+        ValueError: for an interval below 1.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, layers: bool = True) -> None:
+        """Remember the settings."""
+        super().__init__()
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1 or None, got {every_n_steps}: try 50")
+        self.every_n_steps = every_n_steps
+        self.layers = layers
+        self._logged_at = -1
+
+    def due(self, trainer: Trainer, step: int) -> bool:
+        """Whether figures are to be logged after an optimizer step, at the latest at the end of an epoch.
+
+        Args:
+            trainer: the trainer.
+            step: optimizer steps taken.
+
+        Returns:
+            True where they are.
+        """
+        every = self.every_n_steps or trainer.log_every_n_steps or 1  # pyright: ignore[reportAttributeAccessIssue]
+        return step != self._logged_at and (step % every == 0 or trainer.is_last_batch)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log when due."""
+        if named_quantized_layers(pl_module) and self.due(trainer, trainer.global_step):
+            self.log(trainer, pl_module, trainer.global_step)
+
+    def log(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, extra: dict[str, float] | None = None
+    ) -> dict[str, float]:
+        """Log the figures of the network now.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            step: optimizer steps taken.
+            extra: further metrics, with full names.
+
+        Returns:
+            Everything logged.
+        """
+        self._logged_at = step
+        values = network_metrics(pl_module, layers=self.layers) | (extra or {})
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        for name in map(metric, _MONITORED):
+            if name in values:
+                pl_module.log(name, values[name], logger=False, on_step=True, on_epoch=False, batch_size=1)
+        return values

@@ -1,0 +1,119 @@
+"""Checkpoints that say what they are: what is written, how it is checked, and how to load one without the callback."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lq.spec import LayerSpec, QuantSpec
+from lq.surgery import layer_specs, quantize_model, set_widths
+
+__all__ = ["checkpoint_entry", "load_from_checkpoint", "restore_plan"]
+
+KEY = "lq"
+VERSION = 1
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def checkpoint_entry(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
+    """What a checkpoint says about its quantization, in plain Python values.
+
+    Args:
+        model: the quantized model.
+        spec: the spec it was quantized with.
+
+    Returns:
+        Version, spec, and the spec of every layer.
+    """
+    layers = {path: layer.to_dict() for path, layer in layer_specs(model).items()}
+    return {"version": VERSION, "spec": spec.to_dict(), "layers": layers}
+
+
+def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpec) -> None:
+    """Make a quantized model ready for the weights of a checkpoint: the same widths in the same layers.
+
+    Args:
+        model: quantized with ``spec``.
+        checkpoint: as read from the file, before its weights are loaded.
+        spec: of the model.
+
+    Raises:
+        ValueError: for a checkpoint of a float model, of another spec, or with other layers, saying what differs.
+    """
+    entry = _entry(checkpoint)
+    saved, present = QuantSpec.from_dict(entry["spec"]).to_dict(), spec.to_dict()
+    changes = [f"{k}: checkpoint {saved[k]!r}, callback {present[k]!r}" for k in saved if saved[k] != present[k]]
+    if changes:
+        raise ValueError(
+            "the checkpoint must be of the same QuantSpec as the callback, they differ in "
+            f"{'; '.join(changes)}. Give the callback the checkpoint's values, or start anew without ckpt_path"
+        )
+    _restore_layers(model, entry)
+
+
+def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    entry = checkpoint.get(KEY)
+    if entry is None:
+        raise ValueError(
+            "the checkpoint must be one that LearnedQuantization wrote, got one of a float model: load its "
+            "weights before training, module.load_state_dict(torch.load(path, weights_only=True)['state_dict']), "
+            "and pass no ckpt_path"
+        )
+    if entry["version"] > VERSION:
+        raise ValueError(f"the checkpoint's lq version must be at most {VERSION}, got {entry['version']}: upgrade lq")
+    return entry
+
+
+def _restore_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    saved = {path: LayerSpec(**values) for path, values in entry["layers"].items()}
+    present = layer_specs(model)
+    if saved.keys() != present.keys():
+        extra, missing = sorted(present.keys() - saved.keys()), sorted(saved.keys() - present.keys())
+        raise ValueError(
+            f"the checkpoint must have the model's quantized layers, got others: only in the model {extra}, only in "
+            f"the checkpoint {missing}. Build the same model, or start anew without ckpt_path"
+        )
+    set_widths(model, saved)
+
+
+def load_from_checkpoint(
+    module_class: type[_Module],
+    path: str | Path,
+    *,
+    map_location: Any = None,
+    strict: bool | None = None,
+    **kwargs: Any,
+) -> _Module:
+    """Load a LightningModule that `LearnedQuantization` trained, quantized layers and all, without a trainer.
+
+    Args:
+        module_class: class of the LightningModule; it builds its network in ``__init__`` or ``configure_model``.
+        path: of the checkpoint.
+        map_location: device, as for `torch.load`.
+        strict: whether the keys must match, as for Lightning's own method.
+        **kwargs: constructor arguments that the checkpoint does not hold, or that shall differ.
+
+    Returns:
+        The module, in evaluation mode: hard quantization.
+
+    Raises:
+        ValueError: for a checkpoint without quantization, naming the fix.
+    """
+    load = module_class.on_load_checkpoint  # type: ignore[attr-defined]
+
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        load(self, checkpoint)
+        entry = _entry(checkpoint)
+        quantize_model(self, QuantSpec.from_dict(entry["spec"]))
+        _restore_layers(self, entry)
+
+    # Lightning calls this hook of the class it is given between building the module and loading the weights
+    loader = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})
+    with torch.random.fork_rng(devices=[]):
+        module = loader.load_from_checkpoint(  # type: ignore[attr-defined]
+            path, map_location=map_location, strict=strict, weights_only=True, **kwargs
+        )
+    module.__class__ = module_class
+    return module.eval()

@@ -1,0 +1,110 @@
+"""The configuration of ``lq train``: its schema, and how it becomes objects."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from lq.callbacks import AnnealSpec, LearnedQuantization
+from lq.classifier import Classifier
+from lq.cli.schema import schema
+from lq.data import CIFAR10Data, DigitsData, ImageFolderData
+from lq.experiment import Settings
+from lq.models import create_model
+from lq.spec import QuantSpec
+from lq.tracking.mlflow import mlflow_logger
+
+__all__ = ["GROUPS", "TrainConfig", "build", "register"]
+
+
+def _doc(text: str, default: Any) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """Fields of the top level; every group is a field of its own."""
+
+    model: Any = MISSING
+    data: Any = MISSING
+    optimizer: Any = MISSING
+    quantizer: Any = MISSING
+    schedule: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    seed: int = _doc("of everything that is random.", 0)
+    pretrain_epochs: int = _doc("float epochs before quantization; 0 where model.checkpoint is a float network.", 0)
+    pretrain_lr: float = _doc("peak learning rate of those.", 0.1)
+    select: str = _doc('which network is stored: "best" on the held-out images, or "last".', "best")
+    ckpt_path: str | None = _doc("checkpoint to resume the quantized stage from.", None)
+    output_dir: str = _doc("folder for checkpoints, logs and codes.", MISSING)
+
+
+GROUPS: dict[str, dict[str, type[Any]]] = {
+    "model": {"schema": schema(create_model, instantiate=False)},
+    "data": {
+        "schema_digits": schema(DigitsData),
+        "schema_cifar10": schema(CIFAR10Data),
+        "schema_imagefolder": schema(ImageFolderData),
+    },
+    "optimizer": {"schema": schema(Classifier, instantiate=False, skip=("model", "prefix"))},
+    "quantizer": {"schema": schema(QuantSpec, instantiate=False)},
+    "schedule": {"schema": schema(AnnealSpec, instantiate=False)},
+    "trainer": {
+        "schema": schema(Trainer, instantiate=False, skip=("logger", "callbacks", "default_root_dir")),
+    },
+    "logger": {"schema_mlflow": schema(mlflow_logger), "schema_csv": schema(CSVLogger)},
+}
+
+
+def register() -> None:
+    """Make the schemas known to Hydra under the names that ``conf/`` refers to."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    for group, options in GROUPS.items():
+        for name, node in options.items():
+            store.store(group=group, name=name, node=node)
+
+
+def build(config: DictConfig) -> Settings:
+    """Build everything a run needs.
+
+    Args:
+        config: composed by Hydra.
+
+    Returns:
+        Settings for `lq.experiment.run`.
+
+    Raises:
+        ValueError: for a bad value, naming the field, the values allowed and the fix.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    spec = QuantSpec.from_dict(plain["quantizer"])
+    anneal = instantiate(config.schedule, _convert_="all")
+    quantization = LearnedQuantization(spec, AnnealSpec(**anneal))
+    logger = instantiate(config.logger)
+    return Settings(
+        model=plain["model"],
+        optimizer=plain["optimizer"],
+        quantization=quantization,
+        data=instantiate(config.data),
+        trainer=plain["trainer"],
+        loggers=[logger] if logger else [],
+        callbacks=[instantiate(node) for node in config.callbacks.values() if node],
+        output_dir=Path(config.output_dir),
+        description={**plain, "overrides": _overrides()},
+        **{name: plain[name] for name in ("seed", "pretrain_epochs", "pretrain_lr", "select", "ckpt_path")},
+    )
+
+
+def _overrides() -> str:
+    return " ".join(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ""

@@ -1,0 +1,33 @@
+"""``lq train``: compose, instantiate, run."""
+
+import logging
+
+import hydra
+from omegaconf import DictConfig
+
+from lq._paths import home
+from lq.cli.config import build, register
+from lq.experiment import run
+from lq.tracking.mlflow import default_tracking_uri, ui_command
+
+__all__ = ["main"]
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name="config")
+def main(config: DictConfig) -> float:
+    """Train, print the outcome, and return the accuracy, which sweepers optimise.
+
+    Args:
+        config: composed by Hydra.
+
+    Returns:
+        Test accuracy of the quantized network.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on hardware, five times a run
+    outcome = run(build(config))
+    print(f"\n{outcome}")
+    if "experiment" in config.logger:
+        print(f"\nCompare runs in the browser:  {ui_command(config.logger.tracking_uri or default_tracking_uri())}")
+    return outcome.quantized_accuracy

@@ -1,0 +1,207 @@
+"""The recipes' run, from a float network to a quantized, tracked, stored one."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from lq.callbacks import LearnedQuantization
+from lq.checkpoints import load_from_checkpoint
+from lq.classifier import Classifier
+from lq.exporting import save_codes
+from lq.network import NetworkSize, network_size
+from lq.surgery import make_plan
+from lq.text import format_table
+from lq.tracking import is_mlflow, metric, network_metrics
+from lq.tracking.figures import alignment_figure, weights_figure
+
+__all__ = ["Outcome", "Settings", "run"]
+
+CODES = "quantized.safetensors"
+_say = rank_zero_only(print)
+
+
+@dataclass
+class Settings:
+    """Everything a run needs, built.
+
+    Args:
+        model: arguments of `lq.models.create_model`.
+        optimizer: arguments of `lq.classifier.Classifier` but model and prefix.
+        quantization: the callback.
+        data: the DataModule.
+        trainer: arguments of the Trainer of the quantized stage.
+        loggers: Lightning loggers.
+        callbacks: further callbacks of the quantized stage, a ModelCheckpoint among them.
+        output_dir: folder for checkpoints and codes.
+        seed: of everything that is random.
+        pretrain_epochs: float epochs before quantization; 0 where model.checkpoint holds a float network.
+        pretrain_lr: learning rate of those.
+        select: which network is stored: "best" by the monitored metric, or "last".
+        ckpt_path: checkpoint to resume the quantized stage from.
+        description: the whole configuration, for the tracking store.
+    """
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    quantization: LearnedQuantization
+    data: LightningDataModule
+    trainer: dict[str, Any]
+    loggers: list[Any]
+    callbacks: list[Callback]
+    output_dir: Path
+    seed: int = 0
+    pretrain_epochs: int = 0
+    pretrain_lr: float = 0.1
+    select: str = "best"
+    ckpt_path: str | None = None
+    description: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Figures of a finished run.
+
+    Args:
+        float_accuracy: of the float network on the test set; None after a resume.
+        quantized_accuracy: of the hard quantized network on the test set.
+        alignment: of its weights.
+        size: of its weights.
+        codes: file of codes and scales.
+    """
+
+    float_accuracy: float | None
+    quantized_accuracy: float
+    alignment: float
+    size: NetworkSize
+    codes: Path
+
+    def __str__(self) -> str:
+        """A short table."""
+        size = self.size
+        ratio = size.float_bytes / size.packed_bytes
+        rows = [
+            ("test accuracy, float", "-" if self.float_accuracy is None else f"{self.float_accuracy:.2%}"),
+            ("test accuracy, quantized", f"{self.quantized_accuracy:.2%}"),
+            ("weights, float", f"{size.float_bytes:,} bytes"),
+            (
+                "weights, quantized",
+                f"{size.packed_bytes:,} bytes ({size.bits_per_weight:.2f} bits each, 1/{ratio:.1f})",
+            ),
+            ("alignment", f"{self.alignment:.3f}"),
+            ("codes and scales", str(self.codes)),
+        ]
+        return format_table(("result", "value"), rows)
+
+
+def run(settings: Settings) -> Outcome:
+    """Train float if asked, quantize, fine-tune, test, store, and log all of it.
+
+    Args:
+        settings: what to do.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ValueError: for settings that cannot work, before anything is written to a tracking store.
+    """
+    if settings.select not in ("best", "last"):
+        raise ValueError(f"select must be 'best' or 'last', got {settings.select!r}: choose one of those")
+    seed_everything(settings.seed, workers=True, verbose=False)
+    classifier = Classifier(settings.model, **settings.optimizer)
+    make_plan(classifier, settings.quantization.spec)
+    settings.data.prepare_data()
+    for logger in settings.loggers:
+        _describe(logger, settings.description or {})
+    try:
+        outcome = _run(settings, classifier)
+    except BaseException:
+        for logger in settings.loggers:
+            logger.finalize("failed")
+        raise
+    for logger in settings.loggers:
+        logger.finalize("success")
+    return outcome
+
+
+def _run(settings: Settings, classifier: Classifier) -> Outcome:
+    float_accuracy = None
+    if settings.ckpt_path is None:
+        float_accuracy = _float_stage(settings, classifier)
+    seed_everything(settings.seed, workers=True, verbose=False)
+    trainer = _trainer(settings, [settings.quantization, *settings.callbacks])
+    _say("Quantization-aware training")
+    trainer.fit(classifier, settings.data, ckpt_path=settings.ckpt_path, weights_only=True)
+    stored = _stored(settings, trainer, classifier)
+    accuracy = _test(settings, stored, "")
+    codes = save_codes(stored, settings.output_dir / CODES)
+    outcome = Outcome(
+        float_accuracy=float_accuracy,
+        quantized_accuracy=accuracy,
+        alignment=network_metrics(stored, layers=False)[metric("alignment")],
+        size=network_size(stored),
+        codes=codes,
+    )
+    _record(settings.loggers, stored, outcome)
+    return outcome
+
+
+def _float_stage(settings: Settings, classifier: Classifier) -> float:
+    if settings.pretrain_epochs:
+        classifier.prefix, peak = "float/", classifier.settings["lr"]
+        classifier.settings["lr"] = settings.pretrain_lr
+        _say("Float pre-training")
+        trainer = _trainer(settings, [], max_epochs=settings.pretrain_epochs, enable_checkpointing=False)
+        trainer.fit(classifier, settings.data)
+        classifier.prefix, classifier.settings["lr"] = "", peak
+    return _test(settings, classifier, "float/")
+
+
+def _test(settings: Settings, classifier: Classifier, prefix: str) -> float:
+    classifier.prefix = prefix
+    trainer = _trainer(settings, [], enable_checkpointing=False)
+    results = trainer.test(classifier, settings.data, verbose=False)
+    classifier.prefix = ""
+    return results[0][f"{prefix}test/acc"]
+
+
+def _trainer(settings: Settings, callbacks: Sequence[Callback], **changes: Any) -> Trainer:
+    arguments: dict[str, Any] = {
+        **settings.trainer,
+        "logger": settings.loggers,
+        "callbacks": list(callbacks),
+        "default_root_dir": settings.output_dir,
+        "enable_autolog_hparams": False,  # the run is described once, by its configuration
+        **changes,
+    }
+    return Trainer(**arguments)
+
+
+def _stored(settings: Settings, trainer: Trainer, classifier: Classifier) -> Classifier:
+    checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    if settings.select == "last" or checkpoint is None or not checkpoint.best_model_path:
+        return copy.deepcopy(classifier).eval()
+    return load_from_checkpoint(Classifier, checkpoint.best_model_path, map_location="cpu")
+
+
+def _describe(logger: Any, description: dict[str, Any]) -> None:
+    logger.log_hyperparams(description)
+    if is_mlflow(logger):
+        logger.experiment.log_dict(logger.run_id, description, "config.yaml")
+
+
+def _record(loggers: list[Any], model: torch.nn.Module, outcome: Outcome) -> None:
+    for logger in loggers:
+        if is_mlflow(logger):
+            store, run_id = logger.experiment, logger.run_id
+            store.log_text(run_id, str(outcome), "lq/outcome.txt")
+            store.log_artifact(run_id, str(outcome.codes), "lq")
+            store.log_figure(run_id, weights_figure(model), "lq/weights.png")
+            store.log_figure(run_id, alignment_figure(model), "lq/alignment.png")

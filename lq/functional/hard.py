@@ -1,0 +1,147 @@
+"""Hard uniform quantization: codes, values, and the straight-through quantizer with a learned step (LSQ)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lq.functional.layout import pass_inside, positive, reduce_to_scale
+
+__all__ = ["dequantize", "hard_quantize", "lsq_gradient_scale", "lsq_quantize", "quantize"]
+
+
+def quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0) -> Tensor:
+    """Codes of the levels nearest to ``x``: ``round(clip(x / s - offset, lo, hi))``, ties to even.
+
+    Args:
+        x: any shape.
+        scale: positive step, broadcastable to ``x``.
+        lo: smallest code.
+        hi: largest code.
+        offset: level of code 0, in steps (1/2 for mid-rise).
+
+    Returns:
+        Integer-valued tensor of the dtype of ``x / scale``, codes in ``lo..hi``.
+
+    >>> quantize(torch.tensor([-9.0, 0.2, 0.6]), torch.tensor([0.5]), lo=-1, hi=1)
+    tensor([-1.,  0.,  1.])
+    """
+    u = x / scale
+    if offset:
+        u = u - offset
+    return u.clamp(lo, hi).round()
+
+
+def dequantize(codes: Tensor, scale: Tensor, *, offset: float = 0.0) -> Tensor:
+    """Values of codes, ``s * (code + offset)``: one rounding, so stored codes give back the very same value.
+
+    Args:
+        codes: integer-valued tensor.
+        scale: positive step, broadcastable to ``codes``.
+        offset: level of code 0, in steps.
+
+    Returns:
+        Values in the dtype of ``scale``.
+
+    >>> dequantize(torch.tensor([-1, 0, 1], dtype=torch.int8), torch.tensor([0.25]), offset=0.5)
+    tensor([-0.1250,  0.1250,  0.3750])
+    """
+    codes = codes.to(scale.dtype)
+    return (codes + offset if offset else codes) * scale
+
+
+def hard_quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0) -> Tensor:
+    """Nearest level to ``x``: `dequantize` of `quantize`.
+
+    Args:
+        x: any shape.
+        scale: positive step, broadcastable to ``x``.
+        lo: smallest code.
+        hi: largest code.
+        offset: level of code 0, in steps.
+
+    Returns:
+        Levels, shape of ``x``.
+
+    >>> hard_quantize(torch.tensor([0.2, 0.9]), torch.tensor([0.5]), lo=-1, hi=1)
+    tensor([0.0000, 0.5000])
+    """
+    return dequantize(quantize(x, scale, lo=lo, hi=hi, offset=offset), scale, offset=offset)
+
+
+def lsq_gradient_scale(count: int, largest: float) -> float:
+    """Factor ``1 / sqrt(N * Q)`` on the gradient of a learned step.
+
+    Args:
+        count: ``N``, values that share the step: weights of the tensor or channel, activation features of one sample.
+        largest: ``Q``, largest level in steps.
+
+    Returns:
+        The factor.
+
+    Source: Esser et al., Learned Step Size Quantization, ICLR 2020, section 2.2.
+
+    >>> lsq_gradient_scale(100, 1.0)
+    0.1
+    """
+    return (max(count, 1) * largest) ** -0.5
+
+
+class _LSQ(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, offset: float, gradient_scale: float
+    ) -> Tensor:
+        s = positive(scale)
+        u = x / s
+        if offset:
+            u = u.sub_(offset)
+        y = u.round_().clamp_(lo, hi)
+        if offset:
+            y = y.add_(offset)
+        y = y.mul_(s)
+        ctx.save_for_backward(x, y, scale)
+        ctx.bounds = (lo + offset, hi + offset, gradient_scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, y, scale = ctx.saved_tensors
+        low, high, gradient_scale = ctx.bounds
+        s = positive(scale)
+        grad_x = pass_inside(grad, x / s, low, high)
+        # dy/ds is (y - x)/s inside the range and y/s outside; grad_x being 0 there, one formula serves both
+        grad_scale = (reduce_to_scale(grad, y, s) - reduce_to_scale(grad_x, x, s)) / s
+        return grad_x, grad_scale * torch.sign(scale) * gradient_scale, None, None, None, None
+
+
+def lsq_quantize(
+    x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0, gradient_scale: float = 1.0
+) -> Tensor:
+    """Hard quantizer with straight-through gradient and a learned step::
+
+        y     = s * (round(clip(x/s - offset, lo, hi)) + offset)
+        dy/dx = 1 inside the range, 0 outside
+        dy/ds = y/s - x/s inside, lo + offset or hi + offset outside       (times ``gradient_scale``)
+
+    Args:
+        x: floating point, any shape.
+        scale: learned step, shape broadcastable to ``x``; its magnitude is used, so it can never turn negative.
+        lo: smallest code.
+        hi: largest code.
+        offset: level of code 0, in steps.
+        gradient_scale: factor on the gradient of ``scale``, see `lsq_gradient_scale`.
+
+    Returns:
+        Levels, shape of ``x``.
+
+    Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 1 to 3.
+
+    >>> x = torch.tensor([0.2, 0.9], requires_grad=True)
+    >>> lsq_quantize(x, torch.tensor([0.5]), lo=-1, hi=1).sum().backward()
+    >>> x.grad
+    tensor([1., 0.])
+    """
+    return _LSQ.apply(x, scale, lo, hi, offset, gradient_scale)  # type: ignore[no-any-return]

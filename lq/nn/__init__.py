@@ -1,0 +1,31 @@
+"""Quantized layers and the conversions between them and float ones."""
+
+from torch import nn
+
+from lq.nn.layers import FixedWeight, QuantLayer, from_float, is_transposed, operator_weight, to_float, uses_own_weight
+from lq.nn.substitute import LAYER_TYPES, SubstituteWeight
+
+__all__ = [
+    "LAYER_TYPES",
+    "FixedWeight",
+    "QuantLayer",
+    "SubstituteWeight",
+    "from_float",
+    "is_transposed",
+    "named_quantized_layers",
+    "operator_weight",
+    "to_float",
+    "uses_own_weight",
+]
+
+
+def named_quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers of a model by path, each once.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Path to layer, in registration order.
+    """
+    return {path: m for path, m in model.named_modules() if isinstance(m, QuantLayer)}

@@ -1,0 +1,202 @@
+"""Quantized layers: any convolution or linear layer with a quantizer on its weight and one on its input.
+
+Conversion happens in place and changes the class of the object, as torch's own parametrizations do: the module, its
+parameters, its hooks and every reference to it stay what they were, and ``isinstance(layer, nn.Conv2d)`` stays true.
+"""
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lq.nn.substitute import LAYER_TYPES, TRANSPOSED_TYPES, SubstituteWeight, probe_input
+from lq.quantizers import ActivationQuantizer, Quantizer
+
+__all__ = ["FixedWeight", "QuantLayer", "from_float", "operator_weight", "to_float", "uses_own_weight"]
+
+_OWN_FORWARDS = {t.forward for t in LAYER_TYPES}
+
+
+def uses_own_weight(float_class: type[nn.Module]) -> bool:
+    """Whether a class hands ``self.weight`` unchanged to the operator because its forward is torch's own."""
+    return float_class.forward in _OWN_FORWARDS
+
+
+class _Derived(nn.Module):
+    """A class made at run time from a float one; pickles and copies by naming what it was made from."""
+
+    float_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__mro__[1], self.float_class), self.__dict__
+
+
+class QuantLayer(_Derived):
+    """Mixin in front of a float layer class: quantizes the input and the weight, then runs the float forward.
+
+    Attributes:
+        weight_quantizer: quantizes the weight that arrives at the operator, after any transform of the subclass.
+        input_quantizer: quantizes the input; None for weight-only quantization.
+        transforms_weight: whether the subclass computes that weight from its parameter (standardization).
+        layer_spec: the `lq.spec.LayerSpec` it was made from; None where it was made by hand.
+    """
+
+    weight_quantizer: Quantizer
+    input_quantizer: ActivationQuantizer | None
+    transforms_weight: bool
+    layer_spec: object | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Float forward on quantized input and weight.
+
+        Args:
+            x: input of the float layer.
+            *args: further arguments of the float layer.
+            **kwargs: further arguments of the float layer.
+
+        Returns:
+            Output of the float layer.
+        """
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        with SubstituteWeight(cast(Tensor, self.weight).shape, self.weight_quantizer):
+            return self.float_class.forward(self, x, *args, **kwargs)
+
+    def float_weight(self) -> Tensor:
+        """The weight as it arrives at the operator, before quantization, differentiable in the parameter.
+
+        Returns:
+            Shape of the layer's weight.
+        """
+        return operator_weight(self, self.float_class) if self.transforms_weight else cast(Tensor, self.weight)
+
+    def quantized_weight(self) -> Tensor:
+        """The hard quantized weight: what evaluation uses and what ships.
+
+        Returns:
+            Shape of the layer's weight.
+        """
+        with torch.no_grad():
+            return self.weight_quantizer.hard(self.float_weight())
+
+
+class FixedWeight(_Derived):
+    """Mixin in front of a float class that transforms its weight: its parameter already is the transformed one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Float forward with the parameter as the operator's weight.
+
+        Args:
+            *args: arguments of the float layer.
+            **kwargs: arguments of the float layer.
+
+        Returns:
+            Output of the float layer.
+        """
+        weight = cast(Tensor, self.weight)
+        with SubstituteWeight(weight.shape, lambda _: weight):
+            return self.float_class.forward(self, *args, **kwargs)
+
+
+@cache
+def _derived(mixin: type[_Derived], float_class: type[nn.Module]) -> type[_Derived]:
+    prefix = "Quant" if mixin is QuantLayer else "Fixed"
+    name = prefix + float_class.__name__
+    return cast(type[_Derived], type(name, (mixin, float_class), {"float_class": float_class}))
+
+
+def _rebuild(mixin: type[_Derived], float_class: type[nn.Module]) -> nn.Module:
+    made = _derived(mixin, float_class)
+    return made.__new__(made)
+
+
+def operator_weight(module: nn.Module, float_class: type[nn.Module] | None = None) -> Tensor:
+    """The weight that a layer's forward hands to its operator, found by running it on the smallest input.
+
+    Args:
+        module: a convolution or linear layer.
+        float_class: class whose forward to run, by default the module's own.
+
+    Returns:
+        The weight, differentiable in the layer's parameters; the parameter itself where nothing transforms it.
+
+    Raises:
+        ValueError: where the forward calls no such operator with a weight of the layer's shape, or not exactly once.
+    """
+    seen: list[Tensor] = []
+    keep = SubstituteWeight(cast(Tensor, module.weight).shape, lambda w: (seen.append(w), w)[1])
+    with keep:
+        (float_class or type(module)).forward(module, probe_input(module))
+    if len(seen) != 1:
+        raise ValueError(f"its forward gives its weight to {len(seen)} convolution or linear operators, 1 is needed")
+    return seen[0]
+
+
+def from_float(module: nn.Module, weight_quantizer: Quantizer, input_quantizer: ActivationQuantizer | None) -> None:
+    """Turn a float layer into its quantized twin, in place.
+
+    Args:
+        module: an instance of a class in `LAYER_TYPES` or of a subclass.
+        weight_quantizer: for its weight; calibrated by the caller.
+        input_quantizer: for its input, or None.
+
+    Raises:
+        TypeError: for other modules, or one that is quantized already.
+        ValueError: where the forward does not use the weight as `operator_weight` needs it.
+
+    >>> from lq.functional import code_range
+    >>> from lq.quantizers import LSQQuantizer
+    >>> layer = nn.Linear(2, 2)
+    >>> from_float(layer, LSQQuantizer(code_range(4)), None)
+    >>> type(layer).__name__, isinstance(layer, nn.Linear)
+    ('QuantLinear', True)
+    """
+    if not isinstance(module, LAYER_TYPES) or isinstance(module, _Derived):
+        raise TypeError(f"module must be a float convolution or linear layer, got {type(module).__name__}")
+    float_class = type(module)
+    transforms = not uses_own_weight(float_class) and operator_weight(module) is not module.weight
+    module.__class__ = _derived(QuantLayer, float_class)  # type: ignore[assignment]
+    module.add_module("weight_quantizer", weight_quantizer)
+    module.add_module("input_quantizer", input_quantizer)
+    module.transforms_weight = transforms  # type: ignore[assignment]
+    for quantizer in (weight_quantizer, input_quantizer):
+        if quantizer is not None:
+            quantizer.train(module.training)
+
+
+def to_float(module: QuantLayer, weight: Tensor | None = None) -> None:
+    """Turn a quantized layer back into a float one, in place.
+
+    Args:
+        module: the quantized layer.
+        weight: operator weight that the float layer shall have, usually `QuantLayer.quantized_weight`; None leaves its
+            parameter as it is.
+
+    >>> from lq.functional import code_range
+    >>> from lq.quantizers import LSQQuantizer
+    >>> layer = nn.Linear(2, 2)
+    >>> from_float(layer, LSQQuantizer(code_range(4)), None)
+    >>> to_float(layer, layer.quantized_weight())
+    >>> type(layer).__name__
+    'Linear'
+    """
+    fixed = weight is not None and module.transforms_weight
+    for name in ("weight_quantizer", "input_quantizer"):
+        delattr(module, name)
+    for name in ("transforms_weight", "layer_spec"):
+        module.__dict__.pop(name, None)
+    float_class = module.float_class
+    module.__class__ = _derived(FixedWeight, float_class) if fixed else float_class  # type: ignore[assignment]
+    if weight is None:
+        return
+    if parametrize.is_parametrized(module, "weight"):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    with torch.no_grad():
+        cast(Tensor, module.weight).copy_(weight)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is a transposed convolution, whose output channels lie on axis 1."""
+    return isinstance(module, TRANSPOSED_TYPES)

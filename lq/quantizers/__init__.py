@@ -1,0 +1,129 @@
+"""Quantizers by name: modules that own parameters and call `lq.functional` for their mathematics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lq.functional.layout import ScaleLayout
+from lq.functional.levels import CodeRange
+from lq.quantizers.activation import ActivationQuantizer
+from lq.quantizers.base import Quantizer
+from lq.quantizers.lsq import LSQQuantizer
+from lq.quantizers.soft import SoftQuantizer
+from lq.spec import LayerSpec
+
+__all__ = [
+    "REGISTRY",
+    "ActivationQuantizer",
+    "LSQQuantizer",
+    "Method",
+    "Quantizer",
+    "SoftQuantizer",
+    "build_activation_quantizer",
+    "build_weight_quantizer",
+    "register_quantizer",
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    Args:
+        weight: builds the weight quantizer from a spec and the common arguments of `Quantizer`.
+        activation: the same for activations.
+        summary: one line: what it is, what is learned, source.
+    """
+
+    weight: Callable[..., Quantizer]
+    activation: Callable[..., Quantizer]
+    summary: str
+
+
+def _soft_weight(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return SoftQuantizer(
+        codes,
+        staircase=spec.staircase,
+        hard=spec.forward == "hard",
+        slope_backward_max=spec.slope_backward_max,
+        **common,
+    )
+
+
+def _soft_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    if spec.activation_forward == "hard":
+        return LSQQuantizer(codes, **common)
+    return SoftQuantizer(codes, staircase=spec.staircase, slope_backward_max=spec.slope_backward_max, **common)
+
+
+def _lsq(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return LSQQuantizer(codes, **common)
+
+
+REGISTRY: dict[str, Method] = {
+    "soft": Method(_soft_weight, _soft_activation, "annealed soft staircase, learned scale (lq)"),
+    "lsq": Method(_lsq, _lsq, "hard levels, straight-through, learned scale (Esser et al., ICLR 2020)"),
+}
+
+
+def register_quantizer(name: str, method: Method) -> None:
+    """Add a method to the registry under a new name.
+
+    Args:
+        name: what `QuantSpec.quantizer` selects it by.
+        method: how to build it.
+
+    Raises:
+        ValueError: where the name is taken.
+    """
+    if name in REGISTRY:
+        raise ValueError(f"name must be new, got {name!r}: taken are {tuple(REGISTRY)}")
+    REGISTRY[name] = method
+
+
+def _method(name: str) -> Method:
+    if name not in REGISTRY:
+        raise ValueError(
+            f"quantizer must be one of {tuple(REGISTRY)}, got {name!r}: choose one of those or add it with "
+            "lq.quantizers.register_quantizer"
+        )
+    return REGISTRY[name]
+
+
+def build_weight_quantizer(spec: LayerSpec, layout: ScaleLayout, weights: int) -> Quantizer:
+    """Weight quantizer of one layer.
+
+    Args:
+        spec: the layer's spec.
+        layout: which weights share a scale.
+        weights: number of weights in the layer.
+
+    Returns:
+        The quantizer, its scale not yet set.
+
+    Raises:
+        ValueError: for a method that is not in the registry.
+    """
+    count = max(1, weights // layout.scales)
+    return _method(spec.quantizer).weight(
+        spec, spec.weight_codes, layout=layout, count=count, gradient_scale=spec.gradient_scale
+    )
+
+
+def build_activation_quantizer(spec: LayerSpec) -> ActivationQuantizer | None:
+    """Input quantizer of one layer.
+
+    Args:
+        spec: the layer's spec.
+
+    Returns:
+        The quantizer, not yet calibrated; None for weight-only quantization.
+
+    Raises:
+        ValueError: for a method that is not in the registry.
+    """
+    if spec.activation is None:
+        return None
+    codes = spec.activation_codes(signed=spec.activation != "unsigned")
+    quantizer = _method(spec.quantizer).activation(spec, codes, gradient_scale=spec.gradient_scale)
+    return ActivationQuantizer(quantizer, spec.activation_codes, spec.activation)

@@ -1,0 +1,187 @@
+"""What all uniform quantizers share: a learned scale, a code range, and hard quantization whenever not training."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.functional.hard import dequantize, hard_quantize, lsq_gradient_scale, quantize
+from lq.functional.layout import ScaleLayout, positive
+from lq.functional.levels import CodeRange, level_values
+from lq.functional.regularizer import level_regularizer
+from lq.functional.scale import initial_scale
+from lq.functional.statistics import LevelStatistics, level_statistics
+
+__all__ = ["Quantizer"]
+
+
+class Quantizer(nn.Module):
+    """Uniform quantizer with a learned scale; a subclass says what training sees in `fake_quantize`.
+
+    Args:
+        codes: code range.
+        layout: which values share a scale; the default is one scale for all.
+        count: values that share one scale, for LSQ's gradient scale; 0 takes the features of one sample at run time.
+        gradient_scale: whether the gradient of the scale is multiplied by LSQ's ``1/sqrt(N Q)``.
+
+    Shape:
+        any floating point tensor to the same shape; half precision is computed in float32 and cast back.
+    """
+
+    def __init__(
+        self, codes: CodeRange, *, layout: ScaleLayout | None = None, count: int = 0, gradient_scale: bool = True
+    ) -> None:
+        """Allocate the scale at its final shape; `calibrate_` fills it from data."""
+        super().__init__()
+        self.codes = codes
+        self.layout = layout or ScaleLayout()
+        self.count = count
+        self.gradient_scale = gradient_scale
+        self.scale = nn.Parameter(torch.ones(self.layout.scales))
+
+    @abstractmethod
+    def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
+        """What training sees: levels or a soft version of them, differentiable in ``x`` and ``scale``.
+
+        Args:
+            x: values, at least float32, in the layout's view.
+            scale: learned scale, broadcastable to ``x``.
+            gradient_scale: factor on the gradient of the scale.
+
+        Returns:
+            Quantized values, shape of ``x``.
+        """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize: `fake_quantize` in training, the nearest level in evaluation.
+
+        Args:
+            x: any shape, floating point.
+
+        Returns:
+            Quantized values, shape and dtype of ``x``.
+        """
+        if not self.training:
+            return self.hard(x)
+        view, scale = self._prepare(x)
+        factor = 1.0
+        if self.gradient_scale:
+            factor = lsq_gradient_scale(self.count or x.numel() // max(x.shape[0], 1), self.codes.largest)
+        return self.fake_quantize(view, scale, factor).reshape(x.shape).to(x.dtype)
+
+    def hard(self, x: Tensor) -> Tensor:
+        """Nearest level, whatever the mode.
+
+        Args:
+            x: any shape, floating point.
+
+        Returns:
+            Levels, shape and dtype of ``x``.
+        """
+        view, scale = self._prepare(x)
+        return hard_quantize(view, positive(scale), **self._range()).reshape(x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Integer codes of the nearest levels.
+
+        Args:
+            x: any shape.
+
+        Returns:
+            Codes, shape of ``x``, int8 (uint8 for unsigned ranges).
+        """
+        view, scale = self._prepare(x)
+        dtype = torch.uint8 if self.codes.lo >= 0 else torch.int8
+        return quantize(view, positive(scale), **self._range()).to(dtype).reshape(x.shape)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of codes; `decode` of `encode` equals `hard` bit for bit.
+
+        Args:
+            codes: integer codes, shape of the tensor they came from.
+
+        Returns:
+            Levels, dtype of the scale.
+        """
+        view, scale = self._prepare(codes)
+        return dequantize(view, positive(scale), offset=self.codes.offset).reshape(codes.shape)
+
+    def level_values(self) -> Tensor:
+        """All levels, ascending.
+
+        Returns:
+            Shape ``(L,)``, or ``(C, L)`` per channel.
+        """
+        return level_values(self.codes, positive(self.scale.detach()))
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor, method: str = "mse") -> None:
+        """Set the scale from data, in place.
+
+        Args:
+            x: the weight, or a sample of activations.
+            method: see `lq.functional.initial_scale`.
+        """
+        rows = self.layout.rows(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
+        self.scale.copy_(initial_scale(rows, self.codes, method).to(self.scale))
+
+    def set_slope(self, slope: float) -> None:
+        """Set the slope of the staircase; methods without one ignore it.
+
+        Args:
+            slope: new slope, not negative.
+        """
+
+    def regularizer(self, x: Tensor, *, kind: str, on: str = "latent", scale_gradient: bool = False) -> Tensor:
+        """Scale regularizer of this tensor, see `lq.functional.level_regularizer`.
+
+        Args:
+            x: weight.
+            kind: "nearest", "l1" or "sine".
+            on: "latent" (the weight) or "quantized" (what training sees of it).
+            scale_gradient: whether the scale learns from this term.
+
+        Returns:
+            Scalar.
+        """
+        view, scale = self._prepare(x)
+        if on == "quantized":
+            view = self.fake_quantize(view, scale if scale_gradient else scale.detach(), 1.0)
+        return level_regularizer(view, scale, kind=kind, scale_gradient=scale_gradient, **self._range())
+
+    @torch.no_grad()
+    def statistics(self, x: Tensor, *, soft: bool = False, power: int = 2) -> LevelStatistics:
+        """Sums that describe how ``x`` sits on its levels.
+
+        Args:
+            x: weight or activations.
+            soft: describe what training sees of ``x`` instead of ``x``.
+            power: 2 or 4.
+
+        Returns:
+            `lq.functional.LevelStatistics`.
+        """
+        view, scale = self._prepare(x)
+        if soft:
+            view = self.fake_quantize(view, scale, 1.0)
+        return level_statistics(view, positive(scale), self.codes, power)
+
+    def _range(self) -> dict[str, Any]:
+        return {"lo": self.codes.lo, "hi": self.codes.hi, "offset": self.codes.offset}
+
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor in the layout's view, in at least float32, and the scale broadcastable to it."""
+        dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+        return self.layout.view(x.to(dtype)), self.layout.broadcast(self.scale.to(dtype))
+
+    def extra_repr(self) -> str:
+        """Bits, levels and number of scales.
+
+        Returns:
+            One line for ``print(module)``.
+        """
+        grid = "mid_rise" if self.codes.offset else "mid_tread"
+        return f"bits={self.codes.bits}, levels={self.codes.levels}, grid={grid}, scales={self.layout.scales}"

@@ -1,0 +1,217 @@
+"""What to quantize and how: frozen dataclasses that validate themselves and know nothing of modules."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange, code_range
+from lq.functional.scale import SCALE_INITS
+from lq.functional.soft import STAIRCASES
+
+__all__ = ["ACTIVATIONS", "FORWARDS", "GRANULARITIES", "LayerSpec", "QuantSpec", "matches"]
+
+ACTIVATIONS = ("auto", "signed", "unsigned", None)
+FORWARDS = ("soft", "hard")
+GRANULARITIES = ("tensor", "channel")
+
+
+def _require(name: str, value: Any, allowed: Sequence[Any], fix: str = "choose one of those") -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}: {fix}")
+
+
+def _require_bits(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
+        raise ValueError(f"{name} must be an integer from {MIN_BITS} to {MAX_BITS}, got {value!r}: choose one of those")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """How one layer is quantized.
+
+    Args:
+        bits: width of a weight code, 2 to 8.
+        activation_bits: width of an activation code, 2 to 8, or "same" as the weights.
+        activation: levels of the layer's input: "signed", "unsigned" (after a non-negative activation), "auto"
+            (decided from calibration data), or null for weight-only quantization.
+        levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, even for mid_rise.
+        grid: "mid_tread" (zero is a level) or "mid_rise" (levels at +-s/2, +-3s/2, ...), for weights.
+        granularity: one weight scale per "tensor" or per output "channel".
+        quantizer: name of the method: "soft" (annealed soft staircase) or "lsq" (hard, straight-through).
+        forward: what training sees of the weights: "soft", or "hard" (rounded, with the staircase's derivative).
+        activation_forward: "hard" (rounded, straight-through gradient) or "soft" (the staircase) for activations.
+        scale_init: first scales from data: "mse", "lsq", "max" or "percentile".
+        staircase: function between two levels: "tanh", "atan" or "linear".
+        slope_backward_max: cap on the slope in the staircase's derivative alone, null for none.
+        gradient_scale: whether gradients of scales are multiplied by LSQ's 1/sqrt(N Q).
+
+    Raises:
+        ValueError: naming the field, the value got, the values allowed and the fix.
+
+    >>> LayerSpec(bits=3).weight_codes
+    CodeRange(lo=-3, hi=3, offset=0.0)
+    """
+
+    bits: int = 4
+    activation_bits: int | str = "same"
+    activation: str | None = "auto"
+    levels: int | None = None
+    grid: str = "mid_tread"
+    granularity: str = "tensor"
+    quantizer: str = "soft"
+    forward: str = "soft"
+    activation_forward: str = "hard"
+    scale_init: str = "mse"
+    staircase: str = "tanh"
+    slope_backward_max: float | None = 4.0
+    gradient_scale: bool = True
+
+    def __post_init__(self) -> None:
+        """Validate every field."""
+        _require_bits("bits", self.bits)
+        if self.activation_bits != "same":
+            _require_bits("activation_bits", self.activation_bits)
+        _require("activation", self.activation, ACTIVATIONS)
+        _require("granularity", self.granularity, GRANULARITIES)
+        _require("forward", self.forward, FORWARDS)
+        _require("activation_forward", self.activation_forward, FORWARDS)
+        _require("scale_init", self.scale_init, SCALE_INITS)
+        _require("staircase", self.staircase, STAIRCASES)
+        if self.slope_backward_max is not None and not self.slope_backward_max > 0:
+            raise ValueError(
+                f"slope_backward_max must be positive or None, got {self.slope_backward_max!r}: use None for no cap"
+            )
+        code_range(self.bits, levels=self.levels, grid=self.grid)
+
+    @property
+    def weight_codes(self) -> CodeRange:
+        """Code range of the weights."""
+        return code_range(self.bits, levels=self.levels, grid=self.grid)
+
+    def activation_codes(self, signed: bool) -> CodeRange:
+        """Code range of the input: always with a zero level, because padding inserts zeros.
+
+        Args:
+            signed: whether negative values have levels.
+
+        Returns:
+            The code range.
+        """
+        bits = self.weight_codes.bits if self.activation_bits == "same" else int(self.activation_bits)
+        return code_range(bits, signed=signed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, for checkpoints and headers.
+
+        Returns:
+            Field names and values.
+        """
+        return asdict(self)
+
+
+LAYER_FIELDS = tuple(f.name for f in fields(LayerSpec))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec(LayerSpec):
+    """How a network is quantized: the fields of `LayerSpec` for all layers, and which layers differ.
+
+    Args:
+        first_last_bits: width of weights and activations in the first and last block, 2 to 8; null for no exception.
+        include: globs on module paths ("layer1.*") or on class names ("type:Conv2d"); null for all layers.
+        exclude: the same, for layers to leave in float.
+        overrides: glob to fields that differ there: {"blocks.0.*": {"bits": 8}}; later globs win.
+
+    Raises:
+        ValueError: naming the field, the value got, the values allowed and the fix.
+
+    >>> spec = QuantSpec(bits=2, overrides={"head*": {"bits": 8}})
+    >>> spec.layer("head").bits, spec.layer("layer1.0.conv1").bits
+    (8, 2)
+    """
+
+    first_last_bits: int | None = 8
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Validate every field, overrides included, and store plain copies of the containers."""
+        super().__post_init__()
+        if self.first_last_bits is not None:
+            _require_bits("first_last_bits", self.first_last_bits)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _globs(name, getattr(self, name)))
+        object.__setattr__(self, "overrides", {str(k): dict(v) for k, v in dict(self.overrides or {}).items()})
+        for pattern, changes in self.overrides.items():
+            for key in changes:
+                _require(f"overrides[{pattern!r}] key", key, LAYER_FIELDS)
+            replace(self._plain(), **changes)
+
+    def _plain(self) -> LayerSpec:
+        return LayerSpec(**{name: getattr(self, name) for name in LAYER_FIELDS})
+
+    def layer(self, path: str, *, class_names: Sequence[str] = (), first_or_last: bool = False) -> LayerSpec:
+        """Spec of one layer: the common fields, then the first/last width, then the overrides that match.
+
+        Args:
+            path: module path.
+            class_names: names of the layer's class and its bases, for ``type:`` globs.
+            first_or_last: whether it is the first or last block of the network.
+
+        Returns:
+            The layer's spec.
+        """
+        spec = self._plain()
+        if first_or_last and self.first_last_bits is not None:
+            spec = replace(spec, bits=self.first_last_bits, activation_bits="same", levels=None)
+        for pattern, changes in self.overrides.items():
+            if matches(pattern, path, class_names):
+                spec = replace(spec, **changes)
+        return spec
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantSpec":
+        """Inverse of `to_dict`.
+
+        Args:
+            values: field names and values.
+
+        Returns:
+            The spec.
+
+        Raises:
+            ValueError: for a name that is no field.
+        """
+        allowed = tuple(f.name for f in fields(cls))
+        for key in values:
+            _require("QuantSpec field", key, allowed, "remove it or correct its spelling")
+        return cls(**values)
+
+
+def _globs(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f'{name} must be a list of globs or None, got {value!r}: write {name}=["{value}"]')
+    return tuple(f"type:{v.__name__}" if isinstance(v, type) else str(v) for v in value)
+
+
+def matches(pattern: str, path: str, class_names: Sequence[str] = ()) -> bool:
+    """Whether a glob selects a layer.
+
+    Args:
+        pattern: glob on the module path, or ``type:`` and a glob on a class name.
+        path: module path.
+        class_names: names of the layer's class and its bases.
+
+    Returns:
+        True where it matches.
+
+    >>> matches("layer1.*", "layer1.0.conv1"), matches("type:Conv*", "stem", ["Conv2dSame", "Conv2d"])
+    (True, True)
+    """
+    if pattern.startswith("type:"):
+        return any(fnmatchcase(name, pattern[5:]) for name in class_names)
+    return fnmatchcase(path, pattern)

@@ -1,0 +1,32 @@
+"""Swap the layers of a model for quantized ones, in place, and report what happened to each."""
+
+from lq.surgery.discover import execution_order, find_layers, run_example
+from lq.surgery.plan import Plan, PlannedLayer, make_plan
+from lq.surgery.report import SwapReport, SwapRow
+from lq.surgery.swap import (
+    apply_plan,
+    dequantize_model,
+    layer_specs,
+    quantize_model,
+    reassign_ends,
+    set_widths,
+    swap_report,
+)
+
+__all__ = [
+    "Plan",
+    "PlannedLayer",
+    "SwapReport",
+    "SwapRow",
+    "apply_plan",
+    "dequantize_model",
+    "execution_order",
+    "find_layers",
+    "layer_specs",
+    "make_plan",
+    "quantize_model",
+    "reassign_ends",
+    "run_example",
+    "set_widths",
+    "swap_report",
+]

@@ -1,0 +1,124 @@
+"""Decide which layer gets which spec, before anything is touched."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lq.spec import LayerSpec, QuantSpec, matches
+from lq.surgery.discover import Found, find_layers
+
+__all__ = ["Plan", "PlannedLayer", "make_plan"]
+
+REGISTRATION = "registration order"
+EXECUTION = "execution order"
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer and what is to become of it.
+
+    Args:
+        found: the layer.
+        spec: how to quantize it; None to skip it.
+        reason: why it is skipped, or what is special about it.
+    """
+
+    found: Found
+    spec: LayerSpec | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All layers of a model.
+
+    Args:
+        layers: one entry per layer found.
+        order: how first and last were found.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    order: str
+
+    @property
+    def specs(self) -> dict[str, LayerSpec]:
+        """Spec by path of the layers to quantize."""
+        return {p.found.path: p.spec for p in self.layers if p.spec is not None}
+
+
+def make_plan(model: nn.Module, spec: QuantSpec, order: Sequence[str] | None = None) -> Plan:
+    """Spec of every layer of a model.
+
+    Args:
+        model: any module.
+        spec: what to quantize and how.
+        order: paths in execution order; None takes registration order.
+
+    Returns:
+        The plan; layers that are quantized already keep an entry, so that the plan of a swapped model can be remade.
+
+    Raises:
+        ValueError: for a glob that matches no layer, or a model with nothing to quantize.
+    """
+    found = find_layers(model)
+    _check_globs(found, spec)
+    sequence = list(order) if order else [f.path for f in found if _usable(f)]
+    roles = (
+        {path: role for role, path in (("last block", sequence[-1]), ("first block", sequence[0]))} if sequence else {}
+    )
+    layers = [_planned(f, spec, roles.get(f.path, "")) for f in found]
+    layers = _tie(layers)
+    if not any(p.spec for p in layers):
+        listed = "; ".join(f"{p.found.path or '(root)'}: {p.reason}" for p in layers) or "it has no such layer"
+        raise ValueError(
+            f"model must have a convolution or linear layer to quantize, got {type(model).__name__}: {listed}. "
+            "Pass a model that has one, or widen include/exclude"
+        )
+    return Plan(tuple(layers), EXECUTION if order else REGISTRATION)
+
+
+def _usable(found: Found) -> bool:
+    return found.obstacle in ("", "already quantized")
+
+
+def _planned(found: Found, spec: QuantSpec, role: str) -> PlannedLayer:
+    names = found.class_names
+    if not _usable(found):
+        return PlannedLayer(found, None, found.obstacle)
+    if spec.include is not None and not any(matches(g, found.path, names) for g in spec.include):
+        return PlannedLayer(found, None, "not included")
+    if spec.exclude is not None and any(matches(g, found.path, names) for g in spec.exclude):
+        return PlannedLayer(found, None, "excluded")
+    layer = spec.layer(found.path, class_names=names, first_or_last=bool(role))
+    return PlannedLayer(found, layer, role)
+
+
+def _tie(layers: list[PlannedLayer]) -> list[PlannedLayer]:
+    """Layers that share a weight get one spec, that of the widest codes."""
+    groups: dict[int, list[int]] = {}
+    for i, planned in enumerate(layers):
+        if planned.spec is not None:
+            groups.setdefault(id(planned.found.module.weight), []).append(i)
+    for members in groups.values():
+        widest = max(members, key=lambda i: (layers[i].spec or LayerSpec()).bits)
+        for i in members:
+            if i != members[0]:
+                note = f"weight tied to {layers[members[0]].found.path}"
+                reason = ", ".join(filter(None, (layers[i].reason, note)))
+                layers[i] = PlannedLayer(layers[i].found, layers[widest].spec, reason)
+            else:
+                layers[i] = PlannedLayer(layers[i].found, layers[widest].spec, layers[i].reason)
+    return layers
+
+
+def _check_globs(found: Sequence[Found], spec: QuantSpec) -> None:
+    for name, patterns in _patterns(spec).items():
+        for pattern in patterns:
+            if not any(matches(pattern, f.path, f.class_names) for f in found):
+                paths = ", ".join(f.path for f in found[:12]) + (", ..." if len(found) > 12 else "")
+                raise ValueError(f"{name} glob must match a layer, got {pattern!r} which matches none of: {paths}")
+
+
+def _patterns(spec: QuantSpec) -> Mapping[str, Sequence[str]]:
+    return {"include": spec.include or (), "exclude": spec.exclude or (), "overrides": tuple(spec.overrides)}

@@ -1,0 +1,228 @@
+"""Swap layers for quantized ones and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lq.functional.layout import ScaleLayout
+from lq.nn import QuantLayer, from_float, is_transposed, named_quantized_layers, to_float
+from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
+from lq.spec import LayerSpec, QuantSpec
+from lq.surgery.discover import execution_order, run_example
+from lq.surgery.plan import Plan, make_plan
+from lq.surgery.report import QUANTIZED, SKIPPED, SwapReport, SwapRow
+
+__all__ = ["apply_plan", "dequantize_model", "layer_specs", "quantize_model", "reassign_ends", "swap_report"]
+
+
+def quantize_model(model: nn.Module, spec: QuantSpec | None = None, example_input: Any = None) -> SwapReport:
+    """Swap every convolution and linear layer of a model for its quantized twin, in place, and set the weight scales.
+
+    The modules stay the same objects with the same parameters and hooks; each gets a weight quantizer and, unless the
+    spec is weight-only, an input quantizer that passes through until `calibrate` has seen data. The slope is 0.
+
+    Args:
+        model: any module not wrapped for distributed training; layers quantized already are left as they are.
+        spec: what to quantize and how; the default is 4-bit weights and activations.
+        example_input: one argument, a tuple of arguments or a mapping, to find the first and last block by execution;
+            without one, registration order decides and the report says so.
+
+    Returns:
+        What happened to every layer.
+
+    Raises:
+        TypeError: for a wrapped model or something that is no spec.
+        ValueError: for a glob without a match, a model with nothing to quantize, weights that are not finite.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [row.bits for row in quantize_model(model, QuantSpec(bits=3)).rows]
+    [8, 3, 8]
+    """
+    spec = QuantSpec() if spec is None else spec
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError("model must not be wrapped in DistributedDataParallel: quantize it first, then wrap it")
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"spec must be an lq.QuantSpec, got {spec!r}: write lq.QuantSpec(bits=4)")
+    order = None
+    if example_input is not None:
+        order = execution_order(model, lambda: run_example(model, example_input))
+    return apply_plan(model, make_plan(model, spec, order))
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> SwapReport:
+    """Carry out a plan, in place.
+
+    Args:
+        model: the model the plan was made for.
+        plan: from `make_plan`.
+
+    Returns:
+        What happened to every layer.
+    """
+    shared: dict[int, tuple[ScaleLayout, Quantizer]] = {}
+    for planned in plan.layers:
+        module = planned.found.module
+        if planned.spec is not None and not isinstance(module, QuantLayer):
+            _quantize_layer(module, planned.spec, shared)
+    _keep_off_fast_path(model)
+    return swap_report(plan)
+
+
+def _quantize_layer(module: nn.Module, spec: LayerSpec, shared: dict[int, tuple[ScaleLayout, Quantizer]]) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    layout = ScaleLayout()
+    if spec.granularity == "channel":
+        groups = getattr(module, "groups", 1)
+        layout = ScaleLayout.per_channel(weight.shape, transposed=is_transposed(module), groups=groups)
+    tied = shared.get(id(weight))
+    quantizer = tied[1] if tied and tied[0] == layout else build_weight_quantizer(spec, layout, weight.numel())
+    inputs = build_activation_quantizer(spec)
+    for part in (quantizer, inputs):
+        if part is not None:
+            part.to(weight.device)
+    from_float(module, quantizer, inputs)
+    assert isinstance(module, QuantLayer)
+    module.layer_spec = spec  # type: ignore[assignment]
+    if tied is None or quantizer is not tied[1]:
+        quantizer.calibrate_(module.float_weight(), spec.scale_init)
+        shared[id(weight)] = (layout, quantizer)
+
+
+def _pass(*_: Any) -> None:
+    """Do nothing; its presence as a hook is what counts."""
+
+
+def _keep_off_fast_path(model: nn.Module) -> None:
+    """TransformerEncoderLayer's inference fast path reads weights past their layers; a hook makes it take the other."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, QuantLayer):
+            module.linear1.register_forward_pre_hook(_pass)
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def layer_specs(model: nn.Module) -> dict[str, LayerSpec]:
+    """Spec of every quantized layer of a model.
+
+    Args:
+        model: a quantized model.
+
+    Returns:
+        Path to spec.
+    """
+    specs = {}
+    for path, layer in named_quantized_layers(model).items():
+        assert isinstance(layer.layer_spec, LayerSpec)
+        specs[path] = layer.layer_spec
+    return specs
+
+
+def swap_report(plan: Plan) -> SwapReport:
+    """Report of a plan that was carried out.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        One row per layer.
+    """
+    rows = []
+    for planned in plan.layers:
+        found, spec = planned.found, planned.spec
+        weight = getattr(found.module, "weight", None)
+        shaped = isinstance(weight, Tensor) and not nn.parameter.is_lazy(weight)
+        row = SwapRow(
+            path=found.path,
+            class_name=found.class_names[0] if found.class_names else type(found.module).__name__,
+            action=SKIPPED if spec is None else QUANTIZED,
+            reason=planned.reason,
+            weight_shape=tuple(cast(Tensor, weight).shape) if shaped else None,
+        )
+        if spec is not None:
+            codes = spec.weight_codes
+            width = None if spec.activation is None else spec.activation_codes(signed=True).bits
+            row = replace(
+                row,
+                bits=codes.bits,
+                levels=codes.levels,
+                granularity=spec.granularity,
+                activation_bits=width,
+                activation=_sign(found.module, spec),
+            )
+        rows.append(row)
+    return SwapReport(tuple(rows), plan.order)
+
+
+def _sign(module: nn.Module, spec: LayerSpec) -> str | None:
+    """What was asked for, or what calibration made of "auto"."""
+    inputs = module.input_quantizer if isinstance(module, QuantLayer) else None
+    if spec.activation != "auto" or inputs is None or not inputs.is_calibrated:
+        return spec.activation
+    return "signed" if inputs.quantizer.codes.lo < 0 else "unsigned"
+
+
+def reassign_ends(model: nn.Module, spec: QuantSpec, order: Sequence[str]) -> SwapReport:
+    """Give the first and last block by execution order the width that registration order gave to others.
+
+    Changes code ranges and resets the weight scales of the layers concerned, in place: no parameter is replaced, so an
+    optimizer that exists stays valid.
+
+    Args:
+        model: a quantized model.
+        spec: the spec it was quantized with.
+        order: paths in execution order.
+
+    Returns:
+        The new report.
+    """
+    plan = make_plan(model, spec, order)
+    set_widths(model, plan.specs)
+    return swap_report(plan)
+
+
+def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
+    """Change the code ranges of quantized layers to those of other specs, in place, resetting scales that change.
+
+    Args:
+        model: a quantized model.
+        specs: path to spec; they must agree with the present ones in all but the widths.
+    """
+    for path, layer in named_quantized_layers(model).items():
+        new, old = specs[path], layer.layer_spec
+        if new == old:
+            continue
+        layer.layer_spec = new  # type: ignore[assignment]
+        if layer.weight_quantizer.codes != new.weight_codes:
+            layer.weight_quantizer.codes = new.weight_codes
+            layer.weight_quantizer.calibrate_(layer.float_weight(), new.scale_init)
+        if layer.input_quantizer is not None:
+            layer.input_quantizer.set_ranges_(new.activation_codes)
+
+
+def dequantize_model(model: nn.Module, *, keep_latent: bool = False) -> list[str]:
+    """Turn the quantized layers of a model back into float ones that hold the hard quantized weights, in place.
+
+    In evaluation the outputs equal those of the quantized model exactly, but for the quantization of activations.
+    A layer that standardizes its weight comes back with the quantized standardized weight and no standardization.
+
+    Args:
+        model: a quantized model.
+        keep_latent: keep the weights as they were trained instead.
+
+    Returns:
+        Paths of the layers that were turned back.
+
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> report = quantize_model(model)
+    >>> dequantize_model(model), type(model[0]).__name__
+    (['0'], 'Linear')
+    """
+    layers = named_quantized_layers(model)
+    values = {path: None if keep_latent else layer.quantized_weight() for path, layer in layers.items()}
+    for path, layer in layers.items():
+        to_float(layer, values[path])
+    return list(layers)
