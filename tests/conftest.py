@@ -1,0 +1,27 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(monkeypatch: pytest.MonkeyPatch):
+    """The same random numbers in every test, no store or sweep inherited from the shell, no process group left over."""
+    for name in ("MLFLOW_TRACKING_URI", "LQ_PARENT_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+    yield
+    assert not torch.distributed.is_initialized(), "a test left its process group behind"
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real data and float checkpoints."""
+    root = os.environ.get("LQ_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("LQ_DATA is not set to the folder of real data")
+    return Path(root)

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lq.functional import dequantize, hard_quantize, lsq_gradient_scale, lsq_quantize, quantize
+from lq.functional.levels import CodeRange
+from tests.helpers import numpy_reference
+
+RANGES = [CodeRange(-1, 1, 0.0), CodeRange(-7, 7, 0.0), CodeRange(-8, 7, 0.5), CodeRange(0, 15, 0.0)]
+
+
+def kwargs(codes):
+    return {"lo": codes.lo, "hi": codes.hi, "offset": codes.offset}
+
+
+@settings(max_examples=60, deadline=None)
+@given(codes=st.sampled_from(RANGES), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 999))
+def test_nearest_level_of_all(codes, scale, seed):
+    x = np.random.default_rng(seed).normal(0, 4 * scale, 300)
+    y = hard_quantize(torch.from_numpy(x), torch.tensor([scale], dtype=torch.double), **kwargs(codes))
+    np.testing.assert_allclose(y, numpy_reference.hard(x, scale, *codes), rtol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(codes=st.sampled_from(RANGES), scale=st.floats(2**-20, 2**20, width=32), seed=st.integers(0, 999))
+def test_codes_give_back_the_very_value(codes, scale, seed):
+    x = torch.from_numpy(np.random.default_rng(seed).normal(0, 4 * scale, 300).astype(np.float32))
+    s = torch.tensor([scale])
+    stored = quantize(x, s, **kwargs(codes)).to(torch.int16)
+    assert stored.min() >= codes.lo
+    assert stored.max() <= codes.hi
+    value = hard_quantize(x, s, **kwargs(codes))
+    assert torch.equal(dequantize(stored, s, offset=codes.offset), value)
+    assert torch.equal(hard_quantize(value, s, **kwargs(codes)), value)  # levels are fixed points
+
+
+@pytest.mark.parametrize("codes", RANGES)
+@pytest.mark.parametrize("shape", [(1,), (6, 1)])
+def test_lsq_equals_the_published_gradients(codes, shape):
+    x = (torch.randn(6, 400, dtype=torch.double) * 4).requires_grad_()
+    s = (torch.rand(shape, dtype=torch.double) + 0.2).requires_grad_()
+    upstream = torch.randn_like(x)
+    y = lsq_quantize(x, s, gradient_scale=0.25, **kwargs(codes))
+    y.backward(upstream)
+    v = (x / s - codes.offset).detach()
+    inside = (v >= codes.lo) & (v <= codes.hi)
+    q = v.clamp(codes.lo, codes.hi).round() + codes.offset
+    torch.testing.assert_close(y, q * s)
+    assert x.grad is not None
+    assert s.grad is not None
+    torch.testing.assert_close(x.grad, upstream * inside)
+    per_value = torch.where(inside, q - (x / s).detach(), q)
+    torch.testing.assert_close(s.grad, 0.25 * (upstream * per_value).sum_to_size(shape))
+
+
+def test_lsq_is_the_hard_quantizer_in_float32():
+    x, s = torch.randn(10000) * 3, torch.tensor([0.37])
+    assert torch.equal(lsq_quantize(x, s, lo=-7, hi=7), hard_quantize(x, s, lo=-7, hi=7))
+
+
+def test_weights_on_an_end_level_still_learn():
+    s = torch.tensor([0.1])
+    x = torch.tensor([0.7, -0.7], requires_grad=True)
+    lsq_quantize(x, s, lo=-7, hi=7).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 1]
+
+
+def test_gradient_scale():
+    assert lsq_gradient_scale(1024, 7) == pytest.approx(1 / (1024 * 7) ** 0.5)

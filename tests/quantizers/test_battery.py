@@ -1,0 +1,187 @@
+"""Every quantizer in the registry passes the same battery."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lq
+from lq.functional import hard_quantize, soft_staircase
+from lq.functional.layout import ScaleLayout
+from lq.quantizers import REGISTRY, Method, build_activation_quantizer, build_weight_quantizer, register_quantizer
+from lq.spec import LayerSpec
+from tests.helpers import numpy_reference
+
+SPECS = {
+    f"{name}-{grid}-{granularity}-{bits}": LayerSpec(quantizer=name, grid=grid, granularity=granularity, bits=bits)
+    for name in REGISTRY
+    for grid in ("mid_tread", "mid_rise")
+    for granularity in ("tensor", "channel")
+    for bits in (2, 4, 8)
+} | {
+    "soft-hard-forward": LayerSpec(forward="hard"),
+    "soft-atan": LayerSpec(staircase="atan", slope_backward_max=None),
+    "soft-linear": LayerSpec(staircase="linear"),
+    "levels=15": LayerSpec(bits=2, levels=15),
+}
+
+
+def test_the_battery_covers_the_registry():
+    assert {"soft", "lsq"} <= {spec.quantizer for spec in SPECS.values()} == set(REGISTRY)
+
+
+@pytest.fixture(params=SPECS, ids=list(SPECS))
+def made(request):
+    spec = SPECS[request.param]
+    weight = torch.randn(6, 4, 3, 3)
+    layout = ScaleLayout.per_channel(weight.shape) if spec.granularity == "channel" else ScaleLayout()
+    quantizer = build_weight_quantizer(spec, layout, weight.numel())
+    quantizer.calibrate_(weight, spec.scale_init)
+    quantizer.set_slope(6.0)
+    return spec, quantizer, weight
+
+
+def reference(quantizer, weight):
+    codes = quantizer.codes
+    scale = quantizer.layout.broadcast(quantizer.scale.detach()).expand_as(weight).double().numpy()
+    return torch.from_numpy(numpy_reference.hard(weight.double().numpy(), scale, codes.lo, codes.hi, codes.offset))
+
+
+def test_evaluation_is_the_nearest_level(made):
+    _, quantizer, weight = made
+    torch.testing.assert_close(quantizer.eval()(weight).double(), reference(quantizer, weight), atol=1e-6, rtol=1e-5)
+
+
+def test_outputs_lie_on_the_levels(made):
+    _, quantizer, weight = made
+    levels = quantizer.level_values()
+    rows = quantizer.layout.rows(quantizer.hard(weight))
+    for row, of_row in zip(rows, levels.expand(rows.shape[0], -1), strict=True):
+        assert set(row.tolist()) <= set(of_row.tolist())
+
+
+def test_stored_codes_give_back_evaluation_exactly(made):
+    spec, quantizer, weight = made
+    codes = quantizer.encode(weight)
+    assert codes.unique().numel() <= spec.weight_codes.levels
+    assert torch.equal(quantizer.decode(codes), quantizer.eval()(weight))
+
+
+def test_module_equals_function(made):
+    spec, quantizer, weight = made
+    quantizer.gradient_scale = False
+    scale, codes = quantizer.layout.broadcast(quantizer.scale), quantizer.codes._asdict()
+    if spec.quantizer == "soft":
+        hard, cap = spec.forward == "hard", spec.slope_backward_max or float("inf")
+        extra = {"staircase": spec.staircase, "hard": hard, "slope_backward_max": cap}
+        expected = soft_staircase(weight, scale, quantizer.slope, **codes, **extra)
+    else:
+        expected = hard_quantize(weight, scale, **codes)
+    assert torch.equal(quantizer.train()(weight), expected)
+
+
+def test_weights_and_scale_learn(made):
+    _, quantizer, weight = made
+    weight = weight.requires_grad_()
+    quantizer.train()(weight).square().sum().backward()
+    for gradient in (weight.grad, quantizer.scale.grad):
+        assert gradient is not None
+        assert bool(torch.isfinite(gradient).all())
+        assert gradient.abs().sum() > 0
+
+
+def test_survives_copying_pickling_and_a_state_dict(made):
+    spec, quantizer, weight = made
+    fresh = build_weight_quantizer(spec, quantizer.layout, weight.numel())
+    fresh.load_state_dict(quantizer.state_dict())
+    for twin in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer)), fresh):
+        assert torch.equal(twin.train()(weight), quantizer.train()(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_come_back_as_they_were(made, dtype):
+    _, quantizer, weight = made
+    for mode in (True, False):
+        y = quantizer.train(mode)(weight.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), quantizer(weight.to(dtype).float()), atol=1e-2, rtol=1e-2)
+
+
+def test_compiles_without_a_graph_break(made):
+    _, quantizer, weight = made
+    torch.compiler.reset()
+    compiled = torch.compile(quantizer.train(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(weight), quantizer(weight), atol=1e-4, rtol=1e-4)
+
+
+def test_slope_zero_is_the_identity_inside_the_range():
+    quantizer = build_weight_quantizer(LayerSpec(), ScaleLayout(), 10)
+    x = torch.linspace(-7, 7, 50)
+    torch.testing.assert_close(quantizer.train()(x), x, atol=1e-3, rtol=0)
+
+
+def test_activations_pass_through_until_calibrated_then_find_their_sign():
+    inputs = build_activation_quantizer(LayerSpec(bits=4))
+    assert inputs is not None
+    x = torch.rand(64, 5)
+    assert inputs(x) is x
+    inputs.calibrate_(x, 0.0)
+    assert (inputs.quantizer.codes.lo, inputs.quantizer.codes.hi) == (0, 15)
+    assert inputs.eval()(x).unique().numel() == 16
+    fresh = build_activation_quantizer(LayerSpec(bits=4))
+    assert fresh is not None
+    fresh.load_state_dict(inputs.state_dict())
+    assert torch.equal(fresh.eval()(x), inputs(x))
+    inputs.calibrate_(x - 0.5, -0.5)
+    assert (inputs.quantizer.codes.lo, inputs.quantizer.codes.hi) == (-7, 7)
+
+
+def test_activation_of_a_given_sign_and_none():
+    signed = build_activation_quantizer(LayerSpec(activation="signed"))
+    assert signed is not None
+    signed.calibrate_(torch.rand(9), 0.0)
+    assert signed.quantizer.codes.lo == -7
+    assert build_activation_quantizer(LayerSpec(activation=None)) is None
+    soft = build_activation_quantizer(LayerSpec(activation_forward="soft"))
+    assert soft is not None
+    assert hasattr(soft.quantizer, "slope")
+
+
+def test_gradient_scale_counts_weights_per_scale_and_features_per_sample():
+    x = torch.randn(32, 10, requires_grad=True)
+    gradients = []
+    for scaled in (True, False):
+        quantizer = build_weight_quantizer(LayerSpec(quantizer="lsq", gradient_scale=scaled), ScaleLayout(), 320)
+        quantizer.train()(x).square().sum().backward()
+        gradients.append(quantizer.scale.grad)
+    torch.testing.assert_close(gradients[0], gradients[1] / (320 * 7) ** 0.5)
+    inputs = build_activation_quantizer(LayerSpec(quantizer="lsq"))
+    assert inputs is not None
+    assert inputs.quantizer.count == 0
+    inputs.calibrate_(x.detach(), -1.0)
+    scale = inputs.quantizer.scale
+    inputs.train()(x).sum().backward()
+    with_scale = scale.grad
+    assert with_scale is not None
+    scale.grad, inputs.quantizer.gradient_scale = None, False
+    inputs(x).sum().backward()
+    torch.testing.assert_close(with_scale, scale.grad / (10 * 7) ** 0.5)
+
+
+def test_registry_refuses_a_taken_name_and_names_what_there_is():
+    with pytest.raises(ValueError, match=r"name must be new, got 'soft': taken are"):
+        register_quantizer("soft", REGISTRY["soft"])
+    with pytest.raises(ValueError, match=r"quantizer must be one of \('soft', 'lsq'.*got 'pact': choose"):
+        lq.quantize_model(nn.Sequential(nn.Linear(2, 2)), lq.QuantSpec(quantizer="pact"))
+
+
+def test_a_new_method_can_be_registered_and_used(monkeypatch):
+    monkeypatch.delitem(REGISTRY, "mine", raising=False)
+    lsq = REGISTRY["lsq"]
+    register_quantizer("mine", Method(lsq.weight, lsq.activation, "a copy"))
+    model = nn.Sequential(nn.Linear(2, 2))
+    lq.quantize_model(model, lq.QuantSpec(quantizer="mine"))
+    assert type(model[0].weight_quantizer).__name__ == "LSQQuantizer"
+    del REGISTRY["mine"]
