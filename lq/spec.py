@@ -14,6 +14,7 @@ __all__ = ["ACTIVATIONS", "FORWARDS", "GRANULARITIES", "LayerSpec", "QuantSpec",
 ACTIVATIONS = ("auto", "signed", "unsigned", None)
 FORWARDS = ("soft", "hard")
 GRANULARITIES = ("tensor", "channel")
+SCALE_GRADIENTS = ("straight_through", "exact")
 
 
 def _require(name: str, value: Any, allowed: Sequence[Any], fix: str = "choose one of those") -> None:
@@ -45,6 +46,8 @@ class LayerSpec:
         staircase: function between two levels: "tanh", "atan" or "linear".
         slope_backward_max: cap on the slope in the staircase's derivative alone, null for none.
         gradient_scale: whether gradients of scales are multiplied by LSQ's 1/sqrt(N Q).
+        scale_gradient: gradient of a scale through the staircase: "straight_through", or "exact", whose spread grows
+            with the number of levels.
 
     Raises:
         ValueError: naming the field, the value got, the values allowed and the fix.
@@ -66,6 +69,7 @@ class LayerSpec:
     staircase: str = "tanh"
     slope_backward_max: float | None = 4.0
     gradient_scale: bool = True
+    scale_gradient: str = "straight_through"
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -78,6 +82,7 @@ class LayerSpec:
         _require("activation_forward", self.activation_forward, FORWARDS)
         _require("scale_init", self.scale_init, SCALE_INITS)
         _require("staircase", self.staircase, STAIRCASES)
+        _require("scale_gradient", self.scale_gradient, SCALE_GRADIENTS)
         if self.slope_backward_max is not None and not self.slope_backward_max > 0:
             raise ValueError(
                 f"slope_backward_max must be positive or None, got {self.slope_backward_max!r}: use None for no cap"

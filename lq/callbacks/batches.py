@@ -17,6 +17,7 @@ from lq.calibration import default_forward
 __all__ = ["Forward", "overrides", "shadow", "training_batches"]
 
 Forward = Callable[[Any, Any], Any]
+_COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
 def overrides(module: Any, name: str) -> bool:
@@ -101,6 +102,8 @@ def shadow(trainer: Any, pl_module: Any, forward: Forward | None) -> tuple[Any, 
         )
     twin = copy.deepcopy(pl_module)
     twin.trainer = trainer
+    for name in _COMPILED:  # torch.compile leaves instance attributes that are bound to the original
+        vars(twin).pop(name, None)
     twin.log = twin.log_dict = lambda *_, **__: None
 
     def run(module: Any, batch: Any) -> Any:

@@ -48,21 +48,24 @@ class QuantLayer(_Derived):
     transforms_weight: bool
     layer_spec: object | None = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Float forward on quantized input and weight.
 
         Args:
-            x: input of the float layer.
-            *args: further arguments of the float layer.
-            **kwargs: further arguments of the float layer.
+            *args: arguments of the float layer; the first is its input.
+            **kwargs: arguments of the float layer.
 
         Returns:
             Output of the float layer.
         """
         if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+            if args:
+                args = (self.input_quantizer(args[0]), *args[1:])
+            else:
+                name = next(iter(kwargs))
+                kwargs = {**kwargs, name: self.input_quantizer(kwargs[name])}
         with SubstituteWeight(cast(Tensor, self.weight).shape, self.weight_quantizer):
-            return self.float_class.forward(self, x, *args, **kwargs)
+            return self.float_class.forward(self, *args, **kwargs)
 
     def float_weight(self) -> Tensor:
         """The weight as it arrives at the operator, before quantization, differentiable in the parameter.

@@ -40,20 +40,25 @@ class Method:
     summary: str
 
 
-def _soft_weight(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+def _soft(spec: LayerSpec, codes: CodeRange, hard: bool, **common: Any) -> Quantizer:
     return SoftQuantizer(
         codes,
         staircase=spec.staircase,
-        hard=spec.forward == "hard",
+        hard=hard,
         slope_backward_max=spec.slope_backward_max,
+        straight_through_scale=spec.scale_gradient == "straight_through",
         **common,
     )
+
+
+def _soft_weight(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return _soft(spec, codes, spec.forward == "hard", **common)
 
 
 def _soft_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
     if spec.activation_forward == "hard":
         return LSQQuantizer(codes, **common)
-    return SoftQuantizer(codes, staircase=spec.staircase, slope_backward_max=spec.slope_backward_max, **common)
+    return _soft(spec, codes, False, **common)
 
 
 def _lsq(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:

@@ -24,6 +24,7 @@ class SoftQuantizer(Quantizer):
         staircase: function between two levels: "tanh", "atan" or "linear".
         hard: round in the forward pass, keep the soft derivative in the backward pass.
         slope_backward_max: cap on the slope in the derivative alone, None for none.
+        straight_through_scale: whether the scale's gradient takes the staircase's derivative for 1, its mean.
 
     >>> from lq.functional import code_range
     >>> quantizer = SoftQuantizer(code_range(2))
@@ -44,12 +45,14 @@ class SoftQuantizer(Quantizer):
         staircase: str = "tanh",
         hard: bool = False,
         slope_backward_max: float | None = None,
+        straight_through_scale: bool = False,
     ) -> None:
         """Start as the identity inside the range: slope 0."""
         super().__init__(codes, layout=layout, count=count, gradient_scale=gradient_scale)
         self.staircase = staircase
         self.hard_forward = hard
         self.slope_backward_max = math.inf if slope_backward_max is None else slope_backward_max
+        self.straight_through_scale = straight_through_scale
         self.register_buffer("slope", torch.zeros(1))
 
     def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
@@ -74,6 +77,7 @@ class SoftQuantizer(Quantizer):
             hard=self.hard_forward,
             slope_backward_max=self.slope_backward_max,
             gradient_scale=gradient_scale,
+            straight_through_scale=self.straight_through_scale,
         )
 
     def set_slope(self, slope: float) -> None:

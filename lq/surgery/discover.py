@@ -12,7 +12,7 @@ from lq.nn import LAYER_TYPES, FixedWeight, QuantLayer, operator_weight, uses_ow
 
 __all__ = ["Found", "execution_order", "find_layers"]
 
-_NO_MATRIX = (nn.Embedding, nn.EmbeddingBag)  # lookups, not products
+_NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # lookups and factors, not products
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,16 @@ RANGES = [CodeRange(-1, 1, 0.0), CodeRange(-7, 7, 0.0), CodeRange(-2, 1, 0.5)]
 
 @settings(max_examples=60, deadline=None)
 @given(
-    codes=st.sampled_from(RANGES), kind=st.sampled_from(REGULARIZERS), scale=st.floats(0.01, 10), seed=st.integers(0, 99)
+    codes=st.sampled_from(RANGES),
+    kind=st.sampled_from(REGULARIZERS),
+    scale=st.floats(0.01, 10),
+    seed=st.integers(0, 99),
 )
 def test_value_equals_numpy_reference(codes, kind, scale, seed):
     x = np.random.default_rng(seed).normal(0, 3 * scale, 200)
-    value = level_regularizer(torch.from_numpy(x), torch.tensor([scale], dtype=torch.double), **codes._asdict(), kind=kind)
+    value = level_regularizer(
+        torch.from_numpy(x), torch.tensor([scale], dtype=torch.double), **codes._asdict(), kind=kind
+    )
     assert value.item() == pytest.approx(numpy_reference.regularizer(x, scale, *codes, kind=kind), rel=1e-6)
 
 
@@ -77,4 +82,6 @@ def test_statistics_of_known_values():
 
 def test_alignment_of_uniform_residuals_is_zero():
     x = torch.linspace(-1, 1, 400001)
-    assert level_statistics(x, torch.tensor([0.25]), CodeRange(-4, 4, 0.0)).alignment.item() == pytest.approx(0, abs=1e-3)
+    assert level_statistics(x, torch.tensor([0.25]), CodeRange(-4, 4, 0.0)).alignment.item() == pytest.approx(
+        0, abs=1e-3
+    )

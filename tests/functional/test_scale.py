@@ -37,7 +37,9 @@ def test_other_methods_follow_their_formulas():
 
 
 @pytest.mark.parametrize("method", SCALE_INITS)
-@pytest.mark.parametrize("rows", [torch.zeros(1, 9), torch.tensor([[0.0, 0.0], [1.0, -2.0]]), torch.full((1, 4), 1e-30)])
+@pytest.mark.parametrize(
+    "rows", [torch.zeros(1, 9), torch.tensor([[0.0, 0.0], [1.0, -2.0]]), torch.full((1, 4), 1e-30)]
+)
 def test_scales_are_always_positive(method, rows):
     s = initial_scale(rows, CodeRange(-7, 7, 0.0), method)
     assert bool((s > 0).all())
@@ -56,7 +58,10 @@ def test_bad_input():
         initial_scale(torch.tensor([[1.0, float("nan")]]), CodeRange(-1, 1, 0.0))
 
 
-@pytest.mark.parametrize(("transposed", "groups", "shape"), [(False, 1, (6, 4, 3, 3)), (False, 2, (6, 2, 3)), (True, 1, (4, 6, 3)), (True, 2, (4, 3, 3, 3))])
+@pytest.mark.parametrize(
+    ("transposed", "groups", "shape"),
+    [(False, 1, (6, 4, 3, 3)), (False, 2, (6, 2, 3)), (True, 1, (4, 6, 3)), (True, 2, (4, 3, 3, 3))],
+)
 def test_layout_gives_each_output_channel_its_own_row(transposed, groups, shape):
     layout = ScaleLayout.per_channel(shape, transposed=transposed, groups=groups)
     assert layout.scales == 6

@@ -122,6 +122,22 @@ def test_scale_gradient_outside_the_range_is_the_end_level():
     assert s.grad.item() == pytest.approx(1.5)
 
 
+def test_straight_through_scale_gradient_has_the_mean_of_the_exact_one_and_less_spread():
+    upstream = torch.randn(200, 5000, dtype=torch.double)
+    x = torch.rand(200, 5000, dtype=torch.double) * 14 - 7
+    gradients = []
+    for flag in (False, True):
+        s = torch.ones(200, 1, dtype=torch.double, requires_grad=True)
+        k = torch.tensor([6.0])
+        y = soft_staircase(x, s, k, lo=-7, hi=7, straight_through_scale=flag)
+        gradients.append(torch.autograd.grad(y, s, upstream)[0])
+        if flag:
+            torch.testing.assert_close(gradients[1], (upstream * (y - x)).sum(1, keepdim=True).detach())
+        constant = torch.autograd.grad(soft_staircase(x, s, k, lo=-7, hi=7, straight_through_scale=flag).mean(), s)[0]
+        assert constant.abs().max() < 1e-3
+    assert gradients[0].std() > 5 * gradients[1].std()
+
+
 def test_blocks_give_what_one_pass_gives():
     x = torch.randn(5, _BLOCK // 2 + 17)
     for s in (torch.tensor([0.2]), torch.rand(5, 1) + 0.1):
@@ -150,9 +166,7 @@ def test_negative_scale_counts_as_its_magnitude():
 
 def test_compiles_without_a_graph_break_and_without_recompiling_as_the_slope_moves():
     counter = torch._dynamo.testing.CompileCounter()
-    function = torch.compile(
-        lambda x, s, k: soft_staircase(x, s, k, lo=-7, hi=7), fullgraph=True, backend=counter
-    )
+    function = torch.compile(lambda x, s, k: soft_staircase(x, s, k, lo=-7, hi=7), fullgraph=True, backend=counter)
     x, s = torch.randn(50, requires_grad=True), torch.tensor([0.2], requires_grad=True)
     for k in (0.5, 3.0, 9.0):
         slope = torch.tensor([k])

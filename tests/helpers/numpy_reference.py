@@ -28,9 +28,9 @@ def hard(x, s, lo, hi, offset=0.0):
     """Nearest level, by comparing with all of them."""
     levels = np.asarray(s)[..., None] * (np.arange(lo, hi + 1) + offset)
     distance = np.abs(np.asarray(x)[..., None] - levels)
-    return np.take_along_axis(
-        np.broadcast_to(levels, distance.shape), distance.argmin(-1)[..., None], axis=-1
-    ).squeeze(-1)
+    return np.take_along_axis(np.broadcast_to(levels, distance.shape), distance.argmin(-1)[..., None], axis=-1).squeeze(
+        -1
+    )
 
 
 def regularizer(x, s, lo, hi, offset=0.0, kind="nearest"):

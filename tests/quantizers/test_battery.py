@@ -24,6 +24,7 @@ SPECS = {
     "soft-hard-forward": LayerSpec(forward="hard"),
     "soft-atan": LayerSpec(staircase="atan", slope_backward_max=None),
     "soft-linear": LayerSpec(staircase="linear"),
+    "soft-exact": LayerSpec(scale_gradient="exact"),
     "levels=15": LayerSpec(bits=2, levels=15),
 }
 

@@ -1,0 +1,74 @@
+import pytest
+from torch import nn
+
+from lq import QuantSpec
+from lq.spec import LAYER_FIELDS, LayerSpec, matches
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("bits", 1, "bits must be an integer from 2 to 8, got 1"),
+        ("bits", 9, "bits must be an integer from 2 to 8, got 9"),
+        ("bits", 4.5, "bits must be an integer from 2 to 8, got 4.5"),
+        ("activation_bits", 16, "activation_bits must be an integer from 2 to 8, got 16"),
+        ("activation_bits", "all", "activation_bits must be an integer from 2 to 8, got 'all'"),
+        ("first_last_bits", 0, "first_last_bits must be an integer from 2 to 8, got 0"),
+        ("activation", "relu", "activation must be one of .* got 'relu'"),
+        ("levels", 16, "levels must be odd for grid='mid_tread'.* got 16: use levels=15"),
+        ("grid", "log", "grid must be one of .* got 'log'"),
+        ("granularity", "row", "granularity must be one of .* got 'row'"),
+        ("forward", "ste", "forward must be one of .* got 'ste'"),
+        ("activation_forward", "ste", "activation_forward must be one of .* got 'ste'"),
+        ("scale_init", "mean", "scale_init must be one of .* got 'mean'"),
+        ("staircase", "sine", "staircase must be one of .* got 'sine'"),
+        ("slope_backward_max", 0, "slope_backward_max must be positive or None, got 0"),
+        ("include", "layer1.*", r"include must be a list of globs or None, got 'layer1.\*': write include"),
+        ("overrides", {"a": {"bit": 3}}, r"overrides\['a'\] key must be one of .* got 'bit'"),
+        ("overrides", {"a": {"bits": 11}}, "bits must be an integer from 2 to 8, got 11"),
+    ],
+)
+def test_bad_values_name_field_value_and_fix(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        QuantSpec(**{field: value})
+
+
+def test_round_trip_through_plain_values():
+    spec = QuantSpec(bits=3, include=["a.*", nn.Conv2d], overrides={"a.b": {"bits": 8, "activation": None}})
+    assert spec.include == ("a.*", "type:Conv2d")
+    assert QuantSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(ValueError, match="QuantSpec field must be one of .* got 'bit': remove it"):
+        QuantSpec.from_dict({"bit": 3})
+
+
+def test_precedence_is_common_then_ends_then_overrides_in_order():
+    spec = QuantSpec(bits=2, overrides={"b*": {"bits": 3}, "blue": {"bits": 5, "grid": "mid_rise"}})
+    assert spec.layer("a").bits == 2
+    assert spec.layer("a", first_or_last=True).bits == 8
+    assert spec.layer("b", first_or_last=True).bits == 3
+    assert (spec.layer("blue").bits, spec.layer("blue").grid) == (5, "mid_rise")
+    assert QuantSpec(bits=2, first_last_bits=None).layer("a", first_or_last=True).bits == 2
+
+
+def test_first_and_last_drop_an_explicit_number_of_levels():
+    layer = QuantSpec(levels=15).layer("a", first_or_last=True)
+    assert (layer.weight_codes.bits, layer.weight_codes.levels) == (8, 255)
+
+
+def test_activation_width_follows_levels_or_its_own_bits():
+    assert LayerSpec(levels=15, bits=8).activation_codes(signed=False).bits == 4
+    assert LayerSpec(bits=2, activation_bits=6).activation_codes(signed=True).bits == 6
+
+
+def test_globs_on_paths_and_types():
+    assert matches("layer?.*.conv1", "layer1.0.conv1")
+    assert not matches("Layer*", "layer1")
+    assert matches("type:*Same", "stem", ("Conv2dSame", "Conv2d"))
+    assert not matches("type:Linear", "stem", ("Conv2dSame", "Conv2d"))
+
+
+def test_every_layer_field_can_be_overridden():
+    assert {"bits", "activation", "levels", "quantizer", "granularity", "staircase"} <= set(LAYER_FIELDS)
+    for name in LAYER_FIELDS:
+        value = getattr(LayerSpec(), name)
+        assert QuantSpec(overrides={"*": {name: value}}).layer("x") == LayerSpec()
