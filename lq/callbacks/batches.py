@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lq.calibration import default_forward
 
@@ -65,7 +65,7 @@ def training_batches(trainer: Any, count: int) -> Iterator[Iterator[Any]]:
             if isinstance(generator, torch.Generator):
                 kept.append((generator, generator.get_state()))
         common = {"dataset": loader.dataset, "collate_fn": loader.collate_fn, "generator": loader.generator}
-        if loader.batch_sampler is None:
+        if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
             return DataLoader(**common, batch_size=loader.batch_size, drop_last=loader.drop_last)
         return DataLoader(**common, batch_sampler=loader.batch_sampler)
 

@@ -216,7 +216,7 @@ class LearnedQuantization(Callback):
             # Lightning hands over the loss of this batch undivided
             extra[metric("loss_total")] = float(loss) + strength * extra.get(metric("regularizer"), 0.0)
         check_collapse(pl_module, allowed=self._collapsed_at_start)
-        values = self.tracker.log(trainer, pl_module, self.annealing.step, extra)
+        values = self.tracker.record(trainer, pl_module, self.annealing.step, extra)
         self.annealing.see_alignment(values[metric("alignment")])
 
     def on_validation_batch_start(

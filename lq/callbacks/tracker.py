@@ -53,12 +53,12 @@ class QuantizationTracker(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log when due."""
         if named_quantized_layers(pl_module) and self.due(trainer, trainer.global_step):
-            self.log(trainer, pl_module, trainer.global_step)
+            self.record(trainer, pl_module, trainer.global_step)
 
-    def log(
+    def record(
         self, trainer: Trainer, pl_module: LightningModule, step: int, extra: dict[str, float] | None = None
     ) -> dict[str, float]:
-        """Log the figures of the network now.
+        """Log the figures of the network now (Lightning gives every callback a ``log`` of its own).
 
         Args:
             trainer: the trainer.

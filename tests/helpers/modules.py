@@ -95,5 +95,5 @@ class Manual(Plain):
 
 def fit(module: LightningModule, callbacks=(), data: DataLoader | None = None, epochs: int = 1, **changes) -> Trainer:
     trainer = Trainer(**{**TRAINER, "max_epochs": epochs, "callbacks": list(callbacks), **changes})
-    trainer.fit(module, data or loader())
+    trainer.fit(module, loader() if data is None else data)
     return trainer

@@ -1,0 +1,196 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lq
+from lq.callbacks import HoldAtAlignment, HoldAtStep, HoldOnPlateau
+from lq.nn import named_quantized_layers
+from tests.helpers.modules import TRAINER, Plain, fit, loader, mlp
+
+
+@pytest.mark.parametrize("other", [EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(1e-3)])
+def test_averaging_before_quantization_is_refused_with_the_order_to_write(other):
+    kind = type(other).__name__
+    with pytest.raises(ValueError, match=rf"callbacks must list LearnedQuantization before {kind}, got the reverse"):
+        fit(Plain(), [other, lq.LearnedQuantization()])
+
+
+def test_averaging_after_quantization_averages_the_scales():
+    module = Plain()
+    averaging = EMAWeightAveraging(decay=0.5)
+    fit(module, [lq.LearnedQuantization(bits=3), averaging])
+    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+    assert all(layer.input_quantizer.is_calibrated for layer in named_quantized_layers(module).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 1}, "bits must be an integer from 2 to 8, got 1"),
+        ({"slope_start": 9.0, "slope_end": 3.0}, "slope_start must lie from 0 to slope_end, got 9.0 and 3.0"),
+        ({"anneal_steps": 0}, "anneal_steps must be an integer of at least 1 or a fraction"),
+        ({"anneal_steps": 1.5}, "anneal_steps must be an integer of at least 1 or a fraction"),
+        ({"regularizer": "l2"}, "regularizer must be one of .* got 'l2'"),
+        ({"regularizer_on": "soft"}, "regularizer_on must be one of .* got 'soft'"),
+        ({"strength": -1.0}, "strength must not be negative, got -1.0: use 0"),
+        ({"strength": float("nan")}, "strength must not be negative, got nan"),
+        ({"scale_lr_factor": -0.1}, "scale_lr_factor must not be negative"),
+        ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
+        ({"strength_schedule": "step"}, "strength_schedule must be one of"),
+        ({"hold": 100}, "hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got 100"),
+        ({"log_every_n_steps": 0}, "every_n_steps must be at least 1 or None, got 0"),
+    ],
+)
+def test_bad_settings_name_field_value_and_fix(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lq.LearnedQuantization(**settings)
+
+
+def test_unknown_and_doubled_settings():
+    with pytest.raises(TypeError, match=r"unknown settings \['weight_bits'\]: allowed are .*'bits'.*'slope_start'"):
+        lq.LearnedQuantization(weight_bits=4)
+    with pytest.raises(TypeError, match="spec must be given whole or as fields, got both: move"):
+        lq.LearnedQuantization(lq.QuantSpec(), bits=4)
+    with pytest.raises(TypeError, match="spec must be a QuantSpec, got 4: write"):
+        lq.LearnedQuantization(4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HoldAtStep(-1), "step must not be negative, got -1"),
+        (lambda: HoldAtAlignment(1.5), "threshold must be an alignment from -1 to 1, got 1.5"),
+        (lambda: HoldOnPlateau("val/acc", mode="up"), "mode must be 'min' or 'max', got 'up'"),
+        (lambda: HoldOnPlateau("val/acc", patience=-1), "patience must not be negative, got -1"),
+    ],
+)
+def test_bad_hold_criteria(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_plateau_of_a_metric_that_is_not_logged_names_those_that_are():
+    callback = lq.LearnedQuantization(hold=HoldOnPlateau("val/acc"))
+    with pytest.raises(ValueError, match=r"hold.monitor must be a logged metric, got 'val/acc'; logged are .*val/loss"):
+        Trainer(**TRAINER, max_epochs=1, callbacks=[callback]).fit(Plain(), loader(), loader(2))
+
+
+def test_nothing_to_quantize():
+    class Empty(Plain):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.BatchNorm1d(8)))
+
+    with pytest.raises(ValueError, match="model must have a convolution or linear layer to quantize, got Empty"):
+        fit(Empty(), [lq.LearnedQuantization()])
+
+
+def test_a_glob_without_a_match_leaves_the_module_float():
+    module = Plain()
+    with pytest.raises(ValueError, match=r"exclude glob must match a layer, got 'head\*'"):
+        fit(module, [lq.LearnedQuantization(exclude=["head*"])])
+    assert not named_quantized_layers(module)
+
+
+class Diverging(Plain):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_step == 18 else loss
+
+
+def test_a_nan_loss_stops_with_the_last_good_checkpoint_intact(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    trainer = Trainer(
+        **{**TRAINER, "enable_checkpointing": True},
+        default_root_dir=tmp_path,
+        max_epochs=2,
+        callbacks=[lq.LearnedQuantization(bits=3), checkpoint],
+    )
+    with pytest.raises(
+        ValueError, match="the training loss must be finite, got nan at optimizer step 18: lower the learn"
+    ):
+        trainer.fit(Diverging(), loader())
+    loaded = lq.load_from_checkpoint(Diverging, tmp_path / "last.ckpt")
+    assert all(bool(torch.isfinite(p).all()) for p in loaded.parameters())
+
+
+@pytest.mark.parametrize(("factor", "what"), [(1e4, "clipped|zero")])
+def test_a_collapsed_scale_names_layer_and_fix(factor, what):
+    class Pushed(Plain):
+        def on_train_batch_end(self, *_):
+            if self.global_step == 5:
+                with torch.no_grad():
+                    self.net[2].weight_quantizer.scale.mul_(factor)
+
+    with pytest.raises(ValueError, match=r"the scale of layer 'net.2' has collapsed: .* 100.0% are zero.*overrides="):
+        fit(Pushed(), [lq.LearnedQuantization(bits=3, log_every_n_steps=1)])
+
+
+def test_layers_that_start_at_zero_are_no_collapse():
+    net = mlp()
+    nn.init.zeros_(net[4].weight)
+    fit(Plain(net), [lq.LearnedQuantization(bits=3, log_every_n_steps=1)])
+
+
+def test_an_empty_loader_is_refused():
+    empty = DataLoader(TensorDataset(torch.empty(0, 8), torch.empty(0)), batch_size=4)
+    with pytest.raises(ValueError, match="train_dataloader must yield at least one batch, got an empty one"):
+        fit(Plain(), [lq.LearnedQuantization()], empty)
+
+
+def test_an_endless_fit_needs_steps():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.randn(8), torch.tensor(1)
+
+    with pytest.raises(
+        ValueError, match="anneal_steps must be an integer for a fit without an end, got the fraction 0.8"
+    ):
+        fit(Plain(), [lq.LearnedQuantization()], DataLoader(Endless(), batch_size=4), epochs=-1)
+    callback = lq.LearnedQuantization(anneal_steps=5, bits=3)
+    fit(Plain(), [callback], DataLoader(Endless(), batch_size=4), epochs=-1, max_steps=7)
+    assert callback.annealing.slope == 16.0
+
+
+def test_optimizers_without_the_scales():
+    class Head(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD([self.net[0].weight], lr=0.1)
+
+    with pytest.raises(ValueError, match="the optimizer must hold the learned scales, got none of them"):
+        fit(Head(), [lq.LearnedQuantization()])
+
+    class Some(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[2].parameters(), lr=0.1)
+
+    with pytest.warns(UserWarning, match=r"4 learned scales are in no optimizer and stay fixed \(net.0"):
+        fit(Some(), [lq.LearnedQuantization()])
+
+
+class ManualWithoutForward(LightningModule):
+    """Optimizes manually and calls its network in training_step alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.automatic_optimization = mlp(), False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_manual_optimization_without_a_forward_asks_for_one():
+    with pytest.raises(ValueError, match="calibration_forward must be given for ManualWithoutForward"):
+        fit(ManualWithoutForward(), [lq.LearnedQuantization()])
+    module = ManualWithoutForward()
+    fit(module, [lq.LearnedQuantization(calibration_forward=lambda m, batch: m.net(batch[0]))])
+    assert module.net[0].input_quantizer.is_calibrated

@@ -1,0 +1,254 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import lq
+from lq.calibration import uncalibrated_layers
+from lq.callbacks import HoldAtStep
+from lq.data import DigitsData
+from lq.nn import named_quantized_layers
+from lq.tracking import network_metrics
+from tests.helpers.modules import TRAINER, Plain, fit, loader, mlp, small_cnn
+
+
+class Recording(Plain):
+    """Remembers the batches it was trained on and the random numbers it drew."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seen, self.drawn = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0].clone())
+        self.drawn.append((torch.rand(1).item(), random.random(), np.random.rand()))
+        return super().training_step(batch, batch_idx)
+
+
+class Noisy(Dataset):
+    """Draws random numbers for every image, as augmentations do."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.randn(8) + np.random.rand() + random.random(), index % 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("generator", [False, True])
+def test_training_sees_the_same_data_with_and_without_calibration(workers, generator):
+    runs = []
+    for callbacks in ([], [lq.LearnedQuantization(bits=4)]):
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        module = Recording()
+        source = torch.Generator().manual_seed(3) if generator else None
+        data = DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=workers, generator=source)
+        torch.manual_seed(6)
+        fit(module, callbacks, data)
+        runs.append(module)
+    assert len(runs[0].seen) == 8
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].seen, runs[1].seen, strict=True))
+    assert runs[0].drawn == runs[1].drawn
+
+
+def test_calibration_leaves_the_module_untouched():
+    class Counting(Plain):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)))
+            self.steps = 0
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            self.log("train/loss", loss := self.loss(batch))
+            return loss
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 0:
+                self.first = self.steps, self.net[1].num_batches_tracked.item(), uncalibrated_layers(self)
+
+    module = Counting()
+    trainer = fit(module, [lq.LearnedQuantization()])
+    assert module.first == (0, 0, [])
+    assert module.steps == 12
+    assert "train/loss" in trainer.callback_metrics
+
+
+def test_the_ends_are_found_by_executing_a_training_batch_and_the_report_follows(capsys):
+    class Backwards(Plain):
+        def __init__(self):
+            super().__init__(
+                nn.ModuleDict({"head": nn.Linear(8, 4), "middle": nn.Linear(8, 8), "stem": nn.Linear(8, 8)})
+            )
+
+        def forward(self, x):
+            return self.net["head"](self.net["middle"](self.net["stem"](x)))
+
+    module, callback = Backwards(), lq.LearnedQuantization(bits=2)
+    fit(module, [callback])
+    assert {row.path: (row.bits, row.reason) for row in callback.report.rows} == {
+        "net.head": (8, "last block"),
+        "net.middle": (2, ""),
+        "net.stem": (8, "first block"),
+    }
+    codes = {path: layer.weight_quantizer.codes.bits for path, layer in named_quantized_layers(module).items()}
+    assert codes == {"net.head": 8, "net.middle": 2, "net.stem": 8}
+    assert module.net["middle"].input_quantizer.quantizer.codes.bits == 2
+    printed = capsys.readouterr().out
+    assert printed.count("3 of 3 layers quantized; first and last block by execution order") == 1
+
+
+def test_an_example_input_decides_the_ends():
+    class Two(Plain):
+        def __init__(self):
+            super().__init__(nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 8), nn.Linear(8, 8)]))
+            self.example_input_array = torch.randn(1, 8)
+
+        def forward(self, x):
+            return self.net[0](self.net[1](self.net[2](x)))
+
+    callback = lq.LearnedQuantization(bits=2)
+    fit(Two(), [callback])
+    assert [row.reason for row in callback.report.rows] == ["last block", "", "first block"]
+
+
+def test_the_slope_rises_per_optimizer_step_and_holds():
+    class Watching(Plain):
+        def __init__(self):
+            super().__init__()
+            self.slopes = []
+
+        def training_step(self, batch, batch_idx):
+            self.slopes.append(self.net[0].weight_quantizer.slope.item())
+            return super().training_step(batch, batch_idx)
+
+    module, callback = (
+        Watching(),
+        lq.LearnedQuantization(slope_start=2.0, slope_end=8.0, anneal_steps=6, hold=HoldAtStep(4)),
+    )
+    fit(module, [callback], accumulate_grad_batches=2, epochs=1)
+    assert module.slopes == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6, 6]
+
+
+def test_a_fraction_of_the_fit_becomes_steps():
+    callback = lq.LearnedQuantization(anneal_steps=0.5)
+    fit(Plain(), [callback], epochs=3, accumulate_grad_batches=2)
+    assert callback.annealing.steps == 9
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_metrics_and_report_reach_any_logger(tmp_path, kind, monkeypatch):
+    logger, rows = kind(tmp_path), []
+    write = logger.log_metrics
+    monkeypatch.setattr(logger, "log_metrics", lambda m, step=None: (rows.append((step, dict(m))), write(m, step))[1])
+    module = Plain()
+    fit(module, [lq.LearnedQuantization(bits=3)], logger=logger, log_every_n_steps=5, epochs=2)
+    steps = [step for step, row in rows if "lq/alignment" in row]
+    assert steps == [5, 10, 12, 15, 20, 24]  # and the end of each epoch
+    last = next(row for step, row in reversed(rows) if "lq/alignment" in row)
+    assert last["lq/alignment"] == pytest.approx(network_metrics(module)["lq/alignment"])
+    assert {"lq/slope", "lq/regularizer", "lq/loss_total", "lq/alignment/net.2", "lq/sqnr_db/net.4"} <= set(last)
+    if kind is CSVLogger:
+        assert "3 of 3 layers quantized" in next(tmp_path.rglob("swap_report.txt")).read_text()
+
+
+def test_layers_can_be_left_out_of_the_log(tmp_path):
+    logger, rows = CSVLogger(tmp_path), []
+    logger.log_metrics = lambda m, step=None: rows.append(m)
+    fit(Plain(), [lq.LearnedQuantization(log_layers=False)], logger=logger)
+    assert rows
+    assert not any("net." in name for row in rows for name in row)
+
+
+def test_figures_can_be_monitored(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="lq/alignment", mode="max")
+    fit(Plain(), [lq.LearnedQuantization(bits=3), checkpoint], enable_checkpointing=True, epochs=2)
+    assert checkpoint.best_model_score is not None
+
+
+def test_the_tracker_follows_a_model_quantized_by_hand(tmp_path):
+    module, logger = Plain(), CSVLogger(tmp_path)
+    lq.quantize_model(module, lq.QuantSpec(bits=4))
+    lq.set_slope(module, 4.0)
+    trainer = fit(module, [lq.QuantizationTracker(every_n_steps=4)], logger=logger)
+    assert trainer.callback_metrics["lq/alignment"].item() == pytest.approx(
+        network_metrics(module)["lq/alignment"], rel=1e-4
+    )
+
+
+def test_weight_only_quantization():
+    module = Plain()
+    callback = lq.LearnedQuantization(bits=4, activation=None)
+    fit(module, [callback])
+    assert all(layer.input_quantizer is None for layer in named_quantized_layers(module).values())
+    assert [row.activation_bits for row in callback.report.rows] == [None] * 3
+
+
+def test_batch_norms_are_re_estimated_before_validation():
+    means = []
+
+    class Watching(Plain):
+        def __init__(self):
+            super().__init__(small_cnn())
+
+        def validation_step(self, batch, batch_idx):
+            means.append(self.net[1].running_mean.clone())
+
+    results = []
+    for batches in (0, 12):
+        torch.manual_seed(0)
+        means.clear()
+        module, data = Watching(), loader(shape=(3, 9, 9))
+        callback = lq.LearnedQuantization(bits=2, first_last_bits=None, reestimate_bn=batches)
+        Trainer(**TRAINER, max_epochs=1, callbacks=[callback]).fit(module, data, loader(2, shape=(3, 9, 9)))
+        assert torch.equal(means[0], means[1])
+        results.append(module)
+    module = results[1].eval()
+    expected = torch.stack([module.net[0](x).mean(dim=(0, 2, 3)) for x, _ in data]).mean(0)
+    torch.testing.assert_close(module.net[1].running_mean, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(results[0].net[1].running_mean, expected, atol=1e-5)
+
+
+def test_nothing_stays_attached_after_a_fit():
+    module, callback = Plain(), lq.LearnedQuantization()
+    trainer = fit(module, [callback])
+    assert not {"configure_model", "on_load_checkpoint"} & set(vars(module))
+    optimizer = trainer.optimizers[0]
+    before = module.net[2].weight_quantizer.scale.item()
+    for p in module.parameters():
+        p.grad = None
+    module.net[2].weight_quantizer.scale.grad = torch.ones(1)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    optimizer.step()
+    assert module.net[2].weight_quantizer.scale.item() == pytest.approx(
+        before - optimizer.param_groups[0]["lr"], rel=1e-3
+    )
+
+
+def test_a_quantized_network_learns_real_digits():
+    torch.manual_seed(0)
+    from lq.classifier import Classifier
+
+    module = Classifier({"name": "cifar_resnet8", "in_chans": 1}, lr=0.1)
+    data = DigitsData()
+    settings = {**TRAINER, "enable_progress_bar": False}
+    Trainer(**settings, max_epochs=3).fit(module, data)
+    floats = Trainer(**settings).test(module, data, verbose=False)[0]["test/acc"]
+    Trainer(**settings, max_epochs=3, callbacks=[lq.LearnedQuantization(bits=4)]).fit(module, data)
+    hard = Trainer(**settings).test(module, data, verbose=False)[0]["test/acc"]
+    assert floats > 0.95
+    assert hard > floats - 0.02
+
+
+def test_callbacks_with_the_whole_spec():
+    spec = lq.QuantSpec(bits=5)
+    assert lq.LearnedQuantization(spec).spec is spec
+    assert len(mlp()) == 5
