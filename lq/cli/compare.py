@@ -53,16 +53,18 @@ def compare(tracking_uri: str, experiment: str | None = None, sweep: str | None 
     if not runs:
         raise ValueError(f"a run must match, got none for experiment={experiment!r}, sweep={sweep!r} in {tracking_uri}")
     shown = [m for m in _METRICS if any(m in run.data.metrics for run in runs)]
+    overrides = [run.data.params.get("overrides", "").split() for run in runs]
+    common = set.intersection(*map(set, overrides)) if len(runs) > 1 else set()
     rows = [
         (
             run.info.run_name,
             run.info.status.lower(),
-            run.data.params.get("overrides", ""),
+            " ".join(o for o in given if o not in common),
             *(run.data.metrics.get(m) for m in shown),
         )
-        for run in runs
+        for run, given in zip(runs, overrides, strict=True)
     ]
-    return format_table(("run", "status", "overrides", *shown), rows)
+    return format_table(("run", "status", "what differs", *shown), rows)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -41,6 +41,7 @@ class TrainConfig:
     trainer: Any = MISSING
     logger: Any = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
+    experiment: str = _doc("name under which the tracking store groups runs.", "lq")
     seed: int = _doc("of everything that is random.", 0)
     pretrain_epochs: int = _doc("float epochs before quantization; 0 where model.checkpoint is a float network.", 0)
     pretrain_lr: float = _doc("peak learning rate of those.", 0.1)
@@ -91,7 +92,8 @@ def build(config: DictConfig) -> Settings:
     spec = QuantSpec.from_dict(plain["quantizer"])
     anneal = instantiate(config.schedule, _convert_="all")
     quantization = LearnedQuantization(spec, AnnealSpec(**anneal))
-    logger = instantiate(config.logger)
+    named = {"run_name": run_name(plain)} if "run_name" in plain["logger"] and not plain["logger"]["run_name"] else {}
+    logger = instantiate(config.logger, **named)
     return Settings(
         model=plain["model"],
         optimizer=plain["optimizer"],
@@ -104,6 +106,20 @@ def build(config: DictConfig) -> Settings:
         description={**plain, "overrides": _overrides()},
         **{name: plain[name] for name in ("seed", "pretrain_epochs", "pretrain_lr", "select", "ckpt_path")},
     )
+
+
+def run_name(plain: dict[str, Any]) -> str:
+    """Name by which a person tells runs apart.
+
+    Args:
+        plain: the configuration.
+
+    Returns:
+        Network, method and widths, such as "resnet18 soft W4A4".
+    """
+    spec = QuantSpec.from_dict(plain["quantizer"])
+    inputs = 32 if spec.activation is None else spec.activation_codes(signed=True).bits
+    return f"{plain['model']['name']} {spec.quantizer} W{spec.weight_codes.bits}A{inputs}"
 
 
 def _overrides() -> str:

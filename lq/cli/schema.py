@@ -56,8 +56,8 @@ def _field(default: Any, help_: str) -> Any:
     metadata = {"help": help_}
     if isinstance(default, tuple | list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    if repr(default) == "<factory>":  # how dataclasses show a default_factory in their signature
-        return dataclasses.field(default_factory=dict, metadata=metadata)
+    if repr(default) == "<factory>":  # an empty mapping; null in its place can be overridden with new keys
+        return dataclasses.field(default=None, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -1,6 +1,7 @@
 """``lq train``: compose, instantiate, run."""
 
 import logging
+import warnings
 
 import hydra
 from omegaconf import DictConfig
@@ -25,6 +26,7 @@ def main(config: DictConfig) -> float:
     Returns:
         Test accuracy of the quantized network.
     """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on hardware, five times a run
     outcome = run(build(config))
     print(f"\n{outcome}")

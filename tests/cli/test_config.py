@@ -1,0 +1,136 @@
+import os
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from lq._paths import home
+from lq.callbacks import HoldAtAlignment
+from lq.cli.config import GROUPS, build, register
+from lq.cli.help import train_help
+from lq.cli.schema import argument_docs
+from lq.experiment import run
+from lq.spec import QuantSpec
+
+GROUP_OPTIONS = sorted((p.parent.name, p.stem) for p in (home() / "conf").glob("*/*.yaml"))
+RECIPES = sorted(p.stem for p in (home() / "recipes").glob("*.yaml"))
+REQUIRED = {
+    "data=cifar10": ["data.root=/nowhere"],
+    "data=imagefolder": ["data.root=/nowhere"],
+    "recipes=imagenet_timm": ["data.root=/nowhere"],
+    "model=timm": ["model.name=resnet18"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _hydra(monkeypatch, tmp_path):
+    register()
+    monkeypatch.setenv("LQ_HOME", str(home()))
+    monkeypatch.setenv("LQ_DATA", os.environ.get("LQ_DATA", "/nowhere"))
+    with initialize_config_dir(str(home() / "conf"), version_base="1.3"):
+        yield
+
+
+def composed(*overrides):
+    config = compose("config", ["output_dir=/tmp/unused", *overrides])
+    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return config
+
+
+def test_there_is_something_to_compose():
+    assert len(GROUP_OPTIONS) >= 14
+    assert {"digits", "cifar10_resnet20", "imagenet_timm"} <= set(RECIPES)
+    assert {group for group, _ in GROUP_OPTIONS} >= set(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "option"), GROUP_OPTIONS)
+def test_every_option_composes(group, option):
+    choice = f"{group}={option}"
+    config = composed(choice, *REQUIRED.get(choice, []))
+    assert group in config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes_and_says_what_it_is(recipe):
+    composed(f"recipes={recipe}", *REQUIRED.get(f"recipes={recipe}", []))
+    head = (home() / "recipes" / f"{recipe}.yaml").read_text()
+    for part in ("# @package _global_", "# What", "# Data", "# Command", "# Override", "# Cost", "# Result"):
+        assert part in head, f"{recipe} lacks {part!r}"
+
+
+def test_the_default_is_the_digits_recipe():
+    assert composed().data._target_ == "lq.data.digits.DigitsData"
+    assert composed().quantizer.bits == QuantSpec().bits == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quantizer.bit=4", "bit"),
+        ("quantizer.bits=four", "bits"),
+        ("data.batchsize=4", "batchsize"),
+        ("trainer.max_epoch=4", "max_epoch"),
+        ("schedule.slope=4", "slope"),
+        ("optimizer.lr=fast", "lr"),
+        ("nosuch=4", "nosuch"),
+        ("quantizer=dorefa", "dorefa"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_rejected_by_name(override, message):
+    with pytest.raises(Exception, match=message) as caught:
+        composed(override)
+    assert isinstance(caught.value, ConfigCompositionException) or "hydra" in type(caught.value).__module__
+
+
+def test_unknown_keys_in_a_recipe_file_are_rejected(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "typo.yaml").write_text("# @package _global_\nquantizer:\n  bitz: 3\n")
+    with pytest.raises(Exception, match="bitz"):
+        composed("recipes=typo", f"hydra.searchpath=[file://{tmp_path}]")
+
+
+def test_objects_are_built_from_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = composed(
+        "quantizer.bits=3",
+        "quantizer.overrides={linear: {bits: 5}}",
+        "quantizer.activation_bits=6",
+        "schedule.anneal_steps=100",
+        "schedule.hold={_target_: lq.callbacks.HoldAtAlignment, threshold: 0.9}",
+        "logger=csv",
+    )
+    settings = build(config)
+    assert settings.quantization.spec == QuantSpec(bits=3, activation_bits=6, overrides={"linear": {"bits": 5}})
+    assert settings.quantization.anneal.anneal_steps == 100
+    assert settings.quantization.anneal.hold == HoldAtAlignment(0.9)
+    assert type(settings.data).__name__ == "DigitsData"
+    assert [type(c).__name__ for c in settings.callbacks] == ["ModelCheckpoint"]
+    assert not list(tmp_path.glob("mlflow*"))
+
+
+def test_bad_values_are_refused_by_what_they_configure():
+    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 12"):
+        build(composed("quantizer.bits=12", "logger=csv"))
+    settings = build(composed("quantizer.quantizer=pact", "logger=csv"))
+    with pytest.raises(ValueError, match="quantizer must be one of"):
+        run(settings)
+
+
+def test_help_has_a_line_for_every_group_and_field():
+    text = train_help()
+    for group, option in GROUP_OPTIONS:
+        assert group in text
+        assert option in text
+    for name in QuantSpec.__dataclass_fields__:
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"quantizer.{name} "))
+        assert len(line.split(maxsplit=1)[1]) > 15
+    assert "trainer.max_epochs" in text
+    assert "pretrain_epochs" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_argument_docs_join_wrapped_lines_and_inherit():
+    docs = argument_docs(QuantSpec)
+    assert docs["overrides"].endswith("later globs win.")
+    assert docs["activation"].endswith("weight-only quantization.")

@@ -1,0 +1,242 @@
+"""The main job, and a sweep of it, as a user runs them."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import lq as package
+from lq.classifier import Classifier
+from lq.exporting import save_codes
+from tests.helpers.commands import QUICK, lq
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One quick run of the default recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    done = lq("train", *QUICK, "output_dir=out", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_the_table_says_what_was_promised(finished):
+    _, out = finished
+    for what in (r"float +\d+\.\d\d%", r"quantized +\d+\.\d\d%", r"weights, float +298,048 bytes", r"37,680 bytes"):
+        assert re.search(what, out), what
+    assert re.search(r"alignment +-?\d\.\d+", out)
+    assert out.rstrip().endswith("mlflow ui")
+
+
+def test_the_run_is_tracked_beside_the_work(finished):
+    folder, _ = finished
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    assert experiment.artifact_location == (folder / "mlartifacts").as_uri()
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "cifar_resnet8 soft W4A4"
+    assert {"float/test/acc", "test/acc", "val/acc", "lq/alignment", "lq/slope", "lq/loss_total"} <= set(
+        run.data.metrics
+    )
+    assert "lq/sqnr_db/model.layer1.0.conv1" in run.data.metrics
+    assert run.data.params["quantizer/bits"] == "4"
+    files = {f.path for f in client.list_artifacts(run.info.run_id, "lq")}
+    pictures = {"lq/weights.png", "lq/alignment.png"}
+    assert (
+        files == {"lq/swap_report.txt", "lq/swap_report.json", "lq/outcome.txt", "lq/quantized.safetensors"} | pictures
+    )
+
+
+def test_stored_codes_and_scales_give_the_weights_of_the_best_network(finished):
+    folder, _ = finished
+    best = next((folder / "out" / "checkpoints").glob("epoch*.ckpt"))
+    module = package.load_from_checkpoint(Classifier, best)
+    tensors = load_file(folder / "out" / "quantized.safetensors")
+    with safe_open(folder / "out" / "quantized.safetensors", "pt") as file:
+        layers = json.loads(file.metadata()["lq"])["layers"]
+    assert len(layers) == 8
+    for path, codes in layers.items():
+        stored = (tensors[f"{path}.codes"].float() + codes["offset"]) * tensors[f"{path}.scale"]
+        assert torch.equal(stored, module.get_submodule(path).quantized_weight())
+
+
+def test_codes_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    package.quantize_model(model)
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    save_codes(model, tmp_path / "codes.safetensors")
+    before = (tmp_path / "codes.safetensors").read_bytes()
+    monkeypatch.setattr("lq.exporting.codes.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_codes(model, tmp_path / "codes.safetensors")
+    assert (tmp_path / "codes.safetensors").read_bytes() == before
+
+
+def test_a_run_resumes_from_its_last_checkpoint(finished):
+    folder, _ = finished
+    last = folder / "out" / "checkpoints" / "last.ckpt"
+    longer = [q for q in QUICK if "max_epochs" not in q]
+    done = lq(
+        "train", *longer, "trainer.max_epochs=2", f"ckpt_path={last}", "logger=csv", "output_dir=more", cwd=folder
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"test accuracy, float +-", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quantizer.bits=12", "bits must be an integer from 2 to 8, got 12"),
+        ("quantizer.exclude=[head]", "exclude glob must match a layer, got 'head'"),
+        ("model.name=resnet1", "model.name must be a timm model, got 'resnet1'"),
+        ("model.checkpoint=none.safetensors", "model.checkpoint must be a file of weights"),
+        ("select=first", "select must be 'best' or 'last', got 'first'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_tracked(tmp_path, override, message):
+    done = lq("train", *QUICK, override, cwd=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "mlflow.db").exists() or not MlflowClient(
+        f"sqlite:///{tmp_path / 'mlflow.db'}"
+    ).search_experiments(filter_string="name = 'digits'")
+
+
+def test_commands_and_their_help(tmp_path):
+    assert "{train,compare}" in lq(cwd=tmp_path).stdout
+    unknown = lq("trian", cwd=tmp_path)
+    assert unknown.returncode == 1
+    assert "command must be train or compare, got 'trian'" in unknown.stderr
+    assert "side by side" in lq("compare", "--help", cwd=tmp_path).stdout
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A sweep of four jobs."""
+    folder = tmp_path_factory.mktemp("sweep")
+    done = lq("train", "-m", "quantizer=soft,lsq", "quantizer.bits=2,3", *QUICK, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_compare_prints_the_runs_of_the_sweep(sweep):
+    done = lq("compare", "--sweep", "last", cwd=sweep)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    assert [row.split("  ")[0] for row in rows[2:6]] == [
+        f"cifar_resnet8 {method} W{bits}A{bits}" for method in ("soft", "lsq") for bits in (2, 3)
+    ]
+    assert "quantizer=soft quantizer.bits=2 " in rows[2]
+    assert "pretrain_epochs" not in done.stdout
+    wrong = lq("compare", "--experiment", "digit", cwd=sweep)
+    assert wrong.returncode == 2
+    assert "experiment must be one of" in wrong.stderr
+
+
+@contextmanager
+def mlflow_server(folder: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    import os
+    import signal
+
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        str(folder / "art"),
+    ]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(
+        [*command, *stores],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None, "the server died"
+                time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def test_a_real_server_shows_one_parent_with_a_nested_run_per_job(sweep):
+    with mlflow_server(sweep) as address:
+        client = MlflowClient(address)
+        experiment = client.get_experiment_by_name("digits")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        parents = [run for run in runs if run.data.tags.get("lq.sweep")]
+        assert len(parents) == 1
+        assert parents[0].info.status == "FINISHED"
+        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+        assert len(children) == 4 == len(runs) - 1
+        assert {run.info.status for run in children} == {"FINISHED"}
+        assert {(run.data.params["quantizer/quantizer"], run.data.params["quantizer/bits"]) for run in children} == {
+            (method, bits) for method in ("soft", "lsq") for bits in ("2", "3")
+        }
+        curve = client.get_metric_history(children[0].info.run_id, "lq/slope")
+        assert len(curve) >= 1
+        _look_in_a_browser(address, experiment.experiment_id, parents[0].info.run_name)
+
+
+def _look_in_a_browser(address: str, experiment: str, parent: str) -> None:
+    """The run list of the UI, in a real browser where one is installed."""
+    chromium = Path("/usr/bin/chromium")
+    if not chromium.exists():
+        return
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = play.chromium.launch(executable_path=str(chromium), args=flags)
+        page = browser.new_page(viewport={"width": 1500, "height": 900})
+        page.add_init_script(
+            "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');"
+            "localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');"
+        )
+        order = "orderByKey=metrics.%60test/acc%60&orderByAsc=false"
+        page.goto(f"{address}/#/experiments/{experiment}/runs?workflowType=machine_learning&{order}")
+        page.get_by_text("cifar_resnet8 soft W2A2").first.wait_for(timeout=60_000)
+        for name in ("cifar_resnet8 soft W3A3", "cifar_resnet8 lsq W2A2", "cifar_resnet8 lsq W3A3"):
+            assert page.get_by_text(name).count() >= 1, name
+        browser.close()
+
+
+def test_a_failed_job_is_marked_and_the_others_run(tmp_path):
+    done = lq("train", "-m", "quantizer.bits=12,2", *QUICK, cwd=tmp_path)
+    assert done.returncode != 0
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    status = {run.info.run_name: run.info.status for run in runs}
+    assert status.pop("cifar_resnet8 soft W2A2") == "FINISHED"
+    assert list(status.values()) == ["FAILED"]  # the parent; the bad job left no run behind
