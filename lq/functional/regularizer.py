@@ -7,20 +7,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lq.functional.layout import pass_inside, positive
+from lq.functional.layout import pass_inside, positive, reduce_to_scale
 
 __all__ = ["REGULARIZERS", "level_regularizer"]
 
 REGULARIZERS = ("nearest", "l1", "sine")
 
 
-def _penalty(d: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Penalty of a signed distance in steps, and half its derivative."""
+def _penalty(d: Tensor, s: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Penalty of signed distances in steps, summed over what shares a scale, and half its derivative."""
     if kind == "nearest":
-        return d.square(), d
+        return reduce_to_scale(d, d, s), d
     if kind == "l1":
-        return d.abs(), d.sign() / 2
-    return (math.pi * d).sin().div(math.pi).square(), (2 * math.pi * d).sin() / (2 * math.pi)
+        sign = d.sign()
+        return reduce_to_scale(d, sign, s), sign.div_(2)
+    sine = (math.pi * d).sin_().div_(math.pi)
+    return reduce_to_scale(sine, sine, s), (2 * math.pi * d).sin_().div_(2 * math.pi)
 
 
 class _Regularizer(torch.autograd.Function):
@@ -33,12 +35,12 @@ class _Regularizer(torch.autograd.Function):
         if offset:
             t = t.sub_(offset)
         u = t.clamp(lo, hi)
-        penalty, half = _penalty(u - u.round(), kind)
+        penalty, half = _penalty(u - u.round(), s, kind)
         pull = pass_inside(half, t, lo, hi)  # dR/dx = s * pull: s^2 from R, 1/s from u = x/s
         ctx.scale_gradient = scale_gradient
-        saved = (-(pull * x).sum_to_size(s.shape) * torch.sign(scale),) if scale_gradient else ()
+        saved = (-reduce_to_scale(pull, x, s) * torch.sign(scale),) if scale_gradient else ()
         ctx.save_for_backward(pull.mul_(s), *saved)
-        return (penalty.sum_to_size(s.shape) * s.square()).sum() / 2
+        return torch.dot(penalty.reshape(-1), s.square().reshape(-1)) / 2
 
     @staticmethod
     @once_differentiable

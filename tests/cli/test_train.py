@@ -1,7 +1,9 @@
 """The main job, and a sweep of it, as a user runs them."""
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import lq as package
 from lq.classifier import Classifier
 from lq.exporting import save_codes
 from tests.helpers.commands import QUICK, lq
+
+CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +158,6 @@ def mlflow_server(folder: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    import os
-    import signal
-
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = [
         "--backend-store-uri",
@@ -187,43 +188,45 @@ def mlflow_server(folder: Path):
         process.wait(30)
 
 
-def test_a_real_server_shows_one_parent_with_a_nested_run_per_job(sweep):
+@pytest.fixture(scope="module")
+def server(sweep):
     with mlflow_server(sweep) as address:
-        client = MlflowClient(address)
-        experiment = client.get_experiment_by_name("digits")
-        assert experiment is not None
-        runs = client.search_runs([experiment.experiment_id])
-        parents = [run for run in runs if run.data.tags.get("lq.sweep")]
-        assert len(parents) == 1
-        assert parents[0].info.status == "FINISHED"
-        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
-        assert len(children) == 4 == len(runs) - 1
-        assert {run.info.status for run in children} == {"FINISHED"}
-        assert {(run.data.params["quantizer/quantizer"], run.data.params["quantizer/bits"]) for run in children} == {
-            (method, bits) for method in ("soft", "lsq") for bits in ("2", "3")
-        }
-        curve = client.get_metric_history(children[0].info.run_id, "lq/slope")
-        assert len(curve) >= 1
-        _look_in_a_browser(address, experiment.experiment_id, parents[0].info.run_name)
+        yield address
 
 
-def _look_in_a_browser(address: str, experiment: str, parent: str) -> None:
-    """The run list of the UI, in a real browser where one is installed."""
-    chromium = Path("/usr/bin/chromium")
-    if not chromium.exists():
-        return
+def test_a_real_server_has_one_parent_with_a_nested_run_per_job(server):
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if run.data.tags.get("lq.sweep")]
+    assert len(parents) == 1
+    assert parents[0].info.status == "FINISHED"
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(children) == 4 == len(runs) - 1
+    assert {run.info.status for run in children} == {"FINISHED"}
+    assert {(run.data.params["quantizer/quantizer"], run.data.params["quantizer/bits"]) for run in children} == {
+        (method, bits) for method in ("soft", "lsq") for bits in ("2", "3")
+    }
+    assert len(client.get_metric_history(children[0].info.run_id, "lq/slope")) >= 1
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs a browser at /usr/bin/chromium")
+def test_a_real_browser_shows_the_runs_by_name(server):
     from playwright.sync_api import sync_playwright
 
+    experiment = MlflowClient(server).get_experiment_by_name("digits")
+    assert experiment is not None
     with sync_playwright() as play:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = play.chromium.launch(executable_path=str(chromium), args=flags)
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
         page = browser.new_page(viewport={"width": 1500, "height": 900})
         page.add_init_script(
             "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');"
             "localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');"
         )
-        order = "orderByKey=metrics.%60test/acc%60&orderByAsc=false"
-        page.goto(f"{address}/#/experiments/{experiment}/runs?workflowType=machine_learning&{order}")
+        flat = "orderByKey=metrics.%60test/acc%60&orderByAsc=false"  # sorted by a metric, jobs are not folded away
+        page.goto(f"{server}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&{flat}")
         page.get_by_text("cifar_resnet8 soft W2A2").first.wait_for(timeout=60_000)
         for name in ("cifar_resnet8 soft W3A3", "cifar_resnet8 lsq W2A2", "cifar_resnet8 lsq W3A3"):
             assert page.get_by_text(name).count() >= 1, name
