@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -86,7 +87,7 @@ def main(options: argparse.Namespace) -> None:
     data = DataLoader(TensorDataset(images, torch.randint(10, (len(images),))), batch_size=32)
     timed = Timed(bits=4)
     blocks = Blocks(timed)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     with tempfile.TemporaryDirectory() as folder:
         logger = mlflow_logger(tracking_uri=f"sqlite:///{folder}/mlflow.db")
         trainer = Trainer(

@@ -1,5 +1,6 @@
 """Checks that turn silent failures of quantization-aware training into errors that name the fix."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lq.network import layer_statistics, scale_parameters
+from lq.functional import LevelStatistics
+from lq.network import scale_parameters
 from lq.nn import named_quantized_layers
 
 __all__ = ["check_averaging_order", "check_collapse", "check_loss", "check_optimizers"]
@@ -77,11 +79,14 @@ def check_loss(loss: torch.Tensor, step: int) -> None:
         )
 
 
-def check_collapse(model: nn.Module, allowed: frozenset[str] | None = None) -> frozenset[str]:
+def check_collapse(
+    model: nn.Module, statistics: dict[str, LevelStatistics], allowed: frozenset[str] | None = None
+) -> frozenset[str]:
     """Find layers whose scale has collapsed: to zero, which clips every weight, or so far up that all round to zero.
 
     Args:
         model: a quantized model.
+        statistics: of its layers, `lq.network.layer_statistics`.
         allowed: layers that may look so because they did from the start (weights initialised to zero); None only
             finds.
 
@@ -93,10 +98,12 @@ def check_collapse(model: nn.Module, allowed: frozenset[str] | None = None) -> f
     """
     found = {}
     scales = {path: layer.weight_quantizer.scale for path, layer in named_quantized_layers(model).items()}
-    for path, sums in layer_statistics(model).items():
-        clipped, zero = float(sums.clipped_fraction), float(sums.zero_fraction)
-        broken = not bool(torch.isfinite(scales[path]).all())
-        if broken or clipped > CLIPPED_LIMIT or zero > ZERO_LIMIT:
+    figures = [
+        (s.clipped_fraction, s.zero_fraction, scales[path].detach().sum().double()) for path, s in statistics.items()
+    ]
+    read = torch.stack([torch.stack(row) for row in figures]).tolist()  # from the device in one go
+    for path, (clipped, zero, total) in zip(statistics, read, strict=True):
+        if not math.isfinite(total) or clipped > CLIPPED_LIMIT or zero > ZERO_LIMIT:
             found[path] = f"{clipped:.1%} of its weights are clipped, {zero:.1%} are zero"
     for path, what in found.items():
         if allowed is not None and path not in allowed:

@@ -14,7 +14,7 @@ from lq.callbacks.guards import check_averaging_order, check_collapse, check_los
 from lq.callbacks.schedule import Annealing, AnnealSpec, describe
 from lq.callbacks.tracker import QuantizationTracker
 from lq.checkpoints import checkpoint_entry, restore_plan
-from lq.network import scale_parameters, scale_regularizer, set_slope
+from lq.network import layer_statistics, scale_parameters, scale_regularizer, set_slope
 from lq.nn import QuantLayer, named_quantized_layers
 from lq.quantizers import ActivationQuantizer
 from lq.scale_rules import ScaleRules
@@ -139,7 +139,7 @@ class LearnedQuantization(Callback):
         check_optimizers(trainer.optimizers, pl_module)
         scales = scale_parameters(pl_module)
         self._rules = [ScaleRules(o, scales, self.anneal.scale_lr_factor) for o in trainer.optimizers]
-        self._collapsed_at_start = check_collapse(pl_module)
+        self._collapsed_at_start = check_collapse(pl_module, layer_statistics(pl_module))
         set_slope(pl_module, self.annealing.slope)
         if self.report is not None and self.annealing.step == 0:
             _say(f"\n{self.report}\n")
@@ -215,8 +215,9 @@ class LearnedQuantization(Callback):
         if isinstance(loss, torch.Tensor):
             # Lightning hands over the loss of this batch undivided
             extra[metric("loss_total")] = float(loss) + strength * extra.get(metric("regularizer"), 0.0)
-        check_collapse(pl_module, allowed=self._collapsed_at_start)
-        values = self.tracker.record(trainer, pl_module, self.annealing.step, extra)
+        statistics = layer_statistics(pl_module)
+        check_collapse(pl_module, statistics, self._collapsed_at_start)
+        values = self.tracker.record(trainer, pl_module, self.annealing.step, extra, statistics)
         self.annealing.see_alignment(values[metric("alignment")])
 
     def on_validation_batch_start(

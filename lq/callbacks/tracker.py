@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lq.functional import LevelStatistics
 from lq.nn import named_quantized_layers
 from lq.tracking import metric, network_metrics
 
@@ -56,7 +57,12 @@ class QuantizationTracker(Callback):
             self.record(trainer, pl_module, trainer.global_step)
 
     def record(
-        self, trainer: Trainer, pl_module: LightningModule, step: int, extra: dict[str, float] | None = None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: int,
+        extra: dict[str, float] | None = None,
+        statistics: dict[str, LevelStatistics] | None = None,
     ) -> dict[str, float]:
         """Log the figures of the network now (Lightning gives every callback a ``log`` of its own).
 
@@ -65,12 +71,13 @@ class QuantizationTracker(Callback):
             pl_module: its module.
             step: optimizer steps taken.
             extra: further metrics, with full names.
+            statistics: of the layers, where they are known already.
 
         Returns:
             Everything logged.
         """
         self._logged_at = step
-        values = network_metrics(pl_module, layers=self.layers) | (extra or {})
+        values = network_metrics(pl_module, layers=self.layers, statistics=statistics) | (extra or {})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         for name in map(metric, _MONITORED):

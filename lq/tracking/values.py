@@ -12,17 +12,21 @@ __all__ = ["network_metrics"]
 _SHARED = ("alignment", "sqnr_db", "clipped_fraction", "zero_fraction")
 
 
-def network_metrics(model: nn.Module, *, layers: bool = True) -> dict[str, float]:
+def network_metrics(
+    model: nn.Module, *, layers: bool = True, statistics: dict[str, LevelStatistics] | None = None
+) -> dict[str, float]:
     """Alignment, quantization loss, SQNR, clipped and zero fractions and sizes of a quantized network.
 
     Args:
         model: a quantized model.
         layers: whether to give the figures of every layer, too.
+        statistics: `lq.network.layer_statistics` of the model, where they are known already.
 
     Returns:
         Metric name to value, in the names of `lq.tracking.names`.
     """
-    hard, soft = layer_statistics(model), layer_statistics(model, soft=True)
+    hard = layer_statistics(model) if statistics is None else statistics
+    soft = layer_statistics(model, soft=True)
     values: dict[str, Tensor] = _describe(_total(hard), "")
     values[metric("alignment_soft")] = _total(soft).alignment
     if layers:

@@ -192,6 +192,17 @@ def test_weight_only_quantization():
     assert [row.activation_bits for row in callback.report.rows] == [None] * 3
 
 
+def test_soft_activations_and_hard_weights_follow_the_slope_too():
+    module = Plain()
+    fit(module, [lq.LearnedQuantization(bits=3, activation_forward="soft", forward="hard", slope_end=12.0)])
+    middle = module.net[2]
+    assert middle.input_quantizer.quantizer.slope.item() > 10
+    x = torch.rand(64, 16)
+    soft, hard = middle.train().input_quantizer(x), middle.eval().input_quantizer(x)
+    assert soft.unique().numel() > 8 >= hard.unique().numel()
+    assert middle.train().weight_quantizer(middle.weight).unique().numel() <= 7
+
+
 def test_batch_norms_are_re_estimated_before_validation():
     means = []
 

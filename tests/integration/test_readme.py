@@ -1,0 +1,59 @@
+"""The README's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+import lq
+from tests.helpers.modules import Plain, loader, small_cnn
+
+TEXT = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_there_are_blocks_to_run():
+    assert len(BLOCKS) == 3
+
+
+class Module(Plain):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return loader(4)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def test_the_callback_in_ten_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = BLOCKS[0].replace("max_epochs=10,", "max_epochs=2, accelerator='cpu', enable_progress_bar=False,")
+    scope = {"module": Module(), "datamodule": Data(), "MyModule": Module}
+    exec(code, scope)
+    assert type(scope["module"]) is Module
+    assert len(code.strip().splitlines()) <= 14
+
+
+def test_the_settings_exist():
+    scope: dict = {"lq": lq}
+    exec("callback = " + BLOCKS[1], scope)
+    assert scope["callback"].spec.bits == 3
+
+
+def test_plain_pytorch():
+    scope = {"model": small_cnn(), "images": torch.randn(16, 3, 9, 9), "classes": torch.randint(4, (16,))}
+    exec(BLOCKS[2], scope)
+    assert not any("quantizer" in name for name, _ in scope["model"].named_parameters())
+    assert scope["loss"].item() < 1.5
+
+
+def test_files_and_commands_that_it_names_exist():
+    root = Path(__file__).parents[2]
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", TEXT):
+        assert (root / target).exists(), target
+    for recipe in re.findall(r"recipes=(\w+)", TEXT):
+        assert recipe == "mine" or (root / "recipes" / f"{recipe}.yaml").is_file()
