@@ -11,12 +11,15 @@ from torch import nn
 
 from lq.functional import LevelStatistics
 from lq.network import scale_parameters
-from lq.nn import named_quantized_layers
+from lq.nn import QuantLayer, named_quantized_layers
+from lq.spec import LayerSpec, QuantSpec
+from lq.surgery import Found
 
-__all__ = ["check_averaging_order", "check_collapse", "check_loss", "check_optimizers"]
+__all__ = ["check_averaging_order", "check_collapse", "check_loss", "check_optimizers", "check_same_spec"]
 
 CLIPPED_LIMIT = 0.99
 ZERO_LIMIT = 0.999
+_WIDTHS = ("bits", "activation_bits", "levels")
 
 
 def check_averaging_order(callbacks: Sequence[Any], callback: Any) -> None:
@@ -35,6 +38,36 @@ def check_averaging_order(callbacks: Sequence[Any], callback: Any) -> None:
             raise ValueError(
                 f"callbacks must list {ours} before {theirs}, got the reverse: {theirs} would copy the float model and "
                 f"skip the learned scales. Write callbacks=[{ours}(...), {theirs}(...)]"
+            )
+
+
+def check_same_spec(found: Sequence[Found], spec: QuantSpec) -> None:
+    """Refuse a model that was quantized before, by another spec.
+
+    Args:
+        found: layers of the model, `lq.surgery.find_layers`.
+        spec: of the callback.
+
+    Raises:
+        ValueError: naming a layer and what differs.
+    """
+    layers = {f.path: f for f in found if isinstance(f.module, QuantLayer)}
+    wanted = {
+        path: [spec.layer(path, class_names=f.class_names, first_or_last=end).to_dict() for end in (False, True)]
+        for path, f in layers.items()
+    }
+    # which layers have the width of an end, or of a tied twin, may have been decided by a run that is not at hand
+    widths = {tuple(layer[k] for k in _WIDTHS) for options in wanted.values() for layer in options}
+    for path, f in layers.items():
+        assert isinstance(f.module.layer_spec, LayerSpec)
+        have, want = f.module.layer_spec.to_dict(), wanted[path][0]
+        same_width = tuple(have[k] for k in _WIDTHS) in widths
+        changes = [k for k in have if have[k] != want[k] and not (k in _WIDTHS and same_width)]
+        if changes:
+            listed = "; ".join(f"{k}: module {have[k]!r}, callback {want[k]!r}" for k in changes)
+            raise ValueError(
+                f"the module must be float or quantized by the callback's QuantSpec, layer {path!r} differs in {listed}"
+                ". Give the callback those values, or call lq.dequantize_model(module, keep_latent=True) first"
             )
 
 

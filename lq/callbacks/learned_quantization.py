@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lq.calibration import calibrate, reestimate_batch_norm, uncalibrated_layers
 from lq.callbacks.batches import Forward, overrides, shadow, training_batches
-from lq.callbacks.guards import check_averaging_order, check_collapse, check_loss, check_optimizers
+from lq.callbacks.guards import check_averaging_order, check_collapse, check_loss, check_optimizers, check_same_spec
 from lq.callbacks.schedule import Annealing, AnnealSpec, describe
 from lq.callbacks.tracker import QuantizationTracker
 from lq.checkpoints import checkpoint_entry, restore_plan
@@ -119,7 +119,8 @@ class LearnedQuantization(Callback):
     def _swap(self, pl_module: LightningModule) -> None:
         found = find_layers(pl_module)
         if any(isinstance(f.module, QuantLayer) for f in found) and not any(f.obstacle == "" for f in found):
-            return  # swapped in an earlier stage
+            check_same_spec(found, self.spec)  # swapped in an earlier stage, or loaded
+            return
         self.report = quantize_model(pl_module, self.spec, pl_module.example_input_array)
         set_slope(pl_module, self.anneal.slope_start)
 
@@ -213,8 +214,9 @@ class LearnedQuantization(Callback):
         if self._regularizer is not None:
             extra[metric("regularizer")] = float(self._regularizer)
         if isinstance(loss, torch.Tensor):
-            # Lightning hands over the loss of this batch undivided
-            extra[metric("loss_total")] = float(loss) + strength * extra.get(metric("regularizer"), 0.0)
+            # Lightning hands over the loss divided by the batches that it accumulates over
+            task = float(loss) * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+            extra[metric("loss_total")] = task + strength * extra.get(metric("regularizer"), 0.0)
         statistics = layer_statistics(pl_module)
         check_collapse(pl_module, statistics, self._collapsed_at_start)
         values = self.tracker.record(trainer, pl_module, self.annealing.step, extra, statistics)

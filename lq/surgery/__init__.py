@@ -1,6 +1,6 @@
 """Swap the layers of a model for quantized ones, in place, and report what happened to each."""
 
-from lq.surgery.discover import execution_order, find_layers, run_example
+from lq.surgery.discover import Found, execution_order, find_layers, run_example
 from lq.surgery.plan import Plan, PlannedLayer, make_plan
 from lq.surgery.report import SwapReport, SwapRow
 from lq.surgery.swap import (
@@ -14,6 +14,7 @@ from lq.surgery.swap import (
 )
 
 __all__ = [
+    "Found",
     "Plan",
     "PlannedLayer",
     "SwapReport",

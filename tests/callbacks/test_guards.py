@@ -87,6 +87,16 @@ def test_nothing_to_quantize():
         fit(Empty(), [lq.LearnedQuantization()])
 
 
+def test_a_module_quantized_by_another_spec_is_refused():
+    module = Plain()
+    lq.quantize_model(module, lq.QuantSpec(bits=3))
+    with pytest.raises(ValueError, match="layer 'net.2' differs in bits: module 3, callback 5. Give the"):
+        fit(module, [lq.LearnedQuantization(bits=5)])
+    fit(module, [lq.LearnedQuantization(bits=3)])
+    lq.dequantize_model(module, keep_latent=True)
+    fit(module, [lq.LearnedQuantization(bits=5)])
+
+
 def test_a_glob_without_a_match_leaves_the_module_float():
     module = Plain()
     with pytest.raises(ValueError, match=r"exclude glob must match a layer, got 'head\*'"):

@@ -159,6 +159,21 @@ def test_regularizer_value_and_total_loss_are_logged(tmp_path):
             assert row["lq/loss_total"] > strength * row["lq/regularizer"] > 0
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_total_loss_is_that_of_the_batch_however_many_are_accumulated(tmp_path, accumulate):
+    class Constant(Plain):
+        def loss(self, batch):
+            return super().loss(batch) * 0 + 5.0
+
+    module = Constant()
+    trainer = fit(
+        module,
+        [lq.LearnedQuantization(**{**SETTINGS, "regularizer": None}, log_every_n_steps=1)],
+        accumulate_grad_batches=accumulate,
+    )
+    assert trainer.callback_metrics["lq/loss_total"].item() == pytest.approx(5.0)
+
+
 def test_two_optimizers_step_the_schedule_once_per_batch():
     class Two(Manual):
         def training_step(self, batch, batch_idx):
