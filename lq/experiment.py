@@ -141,7 +141,9 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
     trainer.fit(classifier, settings.data, ckpt_path=settings.ckpt_path, weights_only=True)
     stored = _stored(settings, trainer, classifier)
     accuracy = _test(settings, stored, "")
-    codes = save_codes(stored, settings.output_dir / CODES)
+    codes = settings.output_dir / CODES
+    if trainer.is_global_zero:
+        save_codes(stored, codes)
     outcome = Outcome(
         float_accuracy=float_accuracy,
         quantized_accuracy=accuracy,
@@ -149,7 +151,8 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
         size=network_size(stored),
         codes=codes,
     )
-    _record(settings.loggers, stored, outcome)
+    if trainer.is_global_zero:
+        _record(settings.loggers, stored, outcome)
     return outcome
 
 

@@ -37,7 +37,8 @@ def _train(rest: list[str]) -> None:
         print(train_help())
         return
     os.environ["LQ_HOME"] = str(home())  # where conf/config.yaml looks for recipes
-    from lq.cli.train import main as train
+    from lq.cli import train
 
-    sys.argv = ["lq-train", *rest]
-    train()
+    # under Hydra, Lightning starts the processes of further devices from this path and these arguments
+    sys.argv = [train.__file__, *rest]
+    train.main()

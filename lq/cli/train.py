@@ -4,6 +4,7 @@ import logging
 import warnings
 
 import hydra
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lq._paths import home
@@ -29,7 +30,13 @@ def main(config: DictConfig) -> float:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on hardware, five times a run
     outcome = run(build(config))
+    if rank_zero_only.rank:
+        return outcome.quantized_accuracy
     print(f"\n{outcome}")
     if "experiment" in config.logger:
         print(f"\nCompare runs in the browser:  {ui_command(config.logger.tracking_uri or default_tracking_uri())}")
     return outcome.quantized_accuracy
+
+
+if __name__ == "__main__":
+    main()

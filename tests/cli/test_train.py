@@ -103,6 +103,23 @@ def test_a_run_resumes_from_its_last_checkpoint(finished):
     assert re.search(r"test accuracy, float +-", done.stdout)
 
 
+COMMAND = Path(sys.executable).with_name("lq")
+
+
+@pytest.mark.skipif(not COMMAND.exists(), reason="needs the installed command lq")
+def test_two_devices_leave_one_run_and_one_file(tmp_path):
+    several = ["trainer.devices=2", "trainer.strategy=ddp", "output_dir=out"]
+    command = [sys.executable, str(COMMAND), "train", *QUICK, *several]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("test accuracy, quantized") == 1
+    assert len(load_file(tmp_path / "out" / "quantized.safetensors")) == 16
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
