@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lq.calibration import default_forward
 
-__all__ = ["Forward", "overrides", "shadow", "training_batches"]
+__all__ = ["Forward", "loss_scale", "overrides", "shadow", "training_batches"]
 
 Forward = Callable[[Any, Any], Any]
 _COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -117,3 +117,18 @@ def shadow(trainer: Any, pl_module: Any, forward: Forward | None) -> tuple[Any, 
             return step(module, batch, 0) if takes_index else step(module, batch)
 
     return twin, run
+
+
+def loss_scale(trainer: Any, optimizer: torch.optim.Optimizer) -> float:
+    """Factor that gradients carry before an optimizer step under a grad scaler.
+
+    Args:
+        trainer: the trainer.
+        optimizer: about to step.
+
+    Returns:
+        1, but for fused optimizers, which unscale inside their step, the scaler's factor.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    return float(scaler.get_scale()) if scaler is not None and fused else 1.0

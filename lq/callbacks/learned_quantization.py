@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lq.calibration import calibrate, reestimate_batch_norm, uncalibrated_layers
-from lq.callbacks.batches import Forward, overrides, shadow, training_batches
+from lq.callbacks.batches import Forward, loss_scale, overrides, shadow, training_batches
 from lq.callbacks.guards import check_averaging_order, check_collapse, check_loss, check_optimizers, check_same_spec
 from lq.callbacks.schedule import Annealing, AnnealSpec, describe
 from lq.callbacks.tracker import QuantizationTracker
@@ -86,6 +86,7 @@ class LearnedQuantization(Callback):
         self._collapsed_at_start: frozenset[str] = frozenset()
         self._stepped = self._started = False
         self._regularizer: torch.Tensor | None = None
+        self._loss: torch.Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the layers, or arrange that layers which the module builds later are swapped when they exist."""
@@ -189,7 +190,7 @@ class LearnedQuantization(Callback):
                 scale_gradient=self.anneal.regularizer_scale_gradient,
             )
             gradients = torch.autograd.grad(value, params, allow_unused=True)
-        factor = strength * _loss_scale(trainer, optimizer)
+        factor = strength * loss_scale(trainer, optimizer)
         for parameter, gradient in zip(params, gradients, strict=True):
             if gradient is not None:
                 gradient = gradient.to(parameter.dtype) * factor
@@ -202,6 +203,7 @@ class LearnedQuantization(Callback):
         """Count the step, check for collapse, log when due."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         due = self._stepped and self.tracker.due(trainer, self.annealing.step + 1)
+        self._loss = loss if isinstance(loss, torch.Tensor) else None
         if isinstance(loss, torch.Tensor) and (due or loss.device.type == "cpu" or trainer.is_last_batch):
             check_loss(loss, self.annealing.step)
         if not self._stepped:
@@ -248,6 +250,7 @@ class LearnedQuantization(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing attached after a crash."""
+        self._loss = None
         self._release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -267,7 +270,9 @@ class LearnedQuantization(Callback):
         self._rules = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint what it is."""
+        """Say in the checkpoint what it is; write none of a network that a NaN has reached."""
+        if self._loss is not None:
+            check_loss(self._loss, self.annealing.step)
         checkpoint["lq"] = checkpoint_entry(pl_module, self.spec) | {"anneal": describe(self.anneal)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -289,10 +294,3 @@ def _choose(name: str, given: Any, kind: type, settings: dict[str, Any]) -> Any:
     if settings:
         raise TypeError(f"{name} must be given whole or as fields, got both: move {sorted(settings)} into {name}")
     return given
-
-
-def _loss_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
-    """Fused optimizers unscale inside their step, so their gradients still carry the factor of the grad scaler."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    fused = any(group.get("fused") for group in optimizer.param_groups)
-    return float(scaler.get_scale()) if scaler is not None and fused else 1.0

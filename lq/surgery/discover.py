@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torchmetrics import Metric
 
 from lq.nn import LAYER_TYPES, FixedWeight, QuantLayer, operator_weight, uses_own_weight
 
@@ -63,9 +64,11 @@ def find_layers(model: nn.Module) -> list[Found]:
 
 
 def _bypassed_children(model: nn.Module) -> dict[int, str]:
-    """Layers whose parent reads their weight instead of calling them."""
+    """Layers that are not called as layers of the network: parents that read weights, networks inside metrics."""
     reason = "its parent MultiheadAttention reads this weight without calling the layer"
-    return {id(m.out_proj): reason for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    found = {id(m.out_proj): reason for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    metrics = [m for m in model.modules() if isinstance(m, Metric)]
+    return found | {id(layer): "it belongs to a metric" for metric in metrics for layer in metric.modules()}
 
 
 def _holds_matrix(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 from torch.nn.utils import weight_norm
+from torchmetrics import Metric
 
 import lq
 from lq.nn import QuantLayer, named_quantized_layers
@@ -211,6 +212,23 @@ def test_what_cannot_be_quantized_is_listed_with_the_reason(layer, reason):
     report = lq.quantize_model(nn.ModuleList([nn.Linear(4, 4), layer]))
     assert [row.path for row in report.skipped] == ["1"]
     assert re.search(reason, report.skipped[0].reason)
+
+
+class Perceptual(Metric):
+    """A metric with a network of its own, as LPIPS and FID have."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+    def update(self): ...
+
+    def compute(self): ...
+
+
+def test_networks_inside_metrics_are_left_alone():
+    report = lq.quantize_model(nn.ModuleDict({"net": nn.Linear(4, 4), "metric": Perceptual()}))
+    assert [(row.path, row.reason) for row in report.skipped] == [("metric.net", "it belongs to a metric")]
 
 
 def test_embeddings_and_norms_are_not_listed():
