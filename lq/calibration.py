@@ -16,7 +16,7 @@ __all__ = ["calibrate", "reestimate_batch_norm", "uncalibrated_layers"]
 
 Forward = Callable[[nn.Module, Any], Any]
 _SAMPLE = 1 << 13  # values kept of one layer's input per batch
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Observer:
@@ -121,14 +121,19 @@ def _run(model: nn.Module, batches: Iterable[Any], forward: Forward) -> int:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Restore buffers and random state."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {b.device for b, _ in buffers if b.is_cuda}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    devices = {buffer.device for _, _, buffer, _ in buffers if buffer.is_cuda}
     with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, value in buffers:
+                for module, name, buffer, value in buffers:
+                    setattr(module, name, buffer)  # a forward may have put another in its place
                     buffer.copy_(value)
 
 
@@ -167,7 +172,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: For
     >>> reestimate_batch_norm(model, [torch.full((4, 2), 3.0)]), model[0].running_mean
     (1, tensor([3., 3.]))
     """
-    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     if not norms:
         return 0
     modes = [(module, module.training) for module in model.modules()]

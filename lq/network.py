@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional.statistics import LevelStatistics
-from lq.nn import QuantLayer, named_quantized_layers
+from lq.nn import QuantLayer, named_quantized_layers, weight_key
 from lq.quantizers import Quantizer
 
 __all__ = [
@@ -72,7 +72,7 @@ def distinct_weights(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     """Quantized layers by path, of several that share a weight the first only."""
     seen: set[int] = set()
     for path, layer in named_quantized_layers(model).items():
-        key = id(layer.weight)
+        key = weight_key(layer)
         if layer.transforms_weight or key not in seen:
             seen.add(key)
             yield path, layer

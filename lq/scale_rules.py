@@ -35,6 +35,7 @@ class ScaleRules:
     ) -> None:
         """Attach to the optimizer."""
         self.lr_factor = lr_factor
+        self._optimizer = optimizer
         self._ids = {id(p) for p in scales}
         self._split_groups: list[tuple[dict[str, Any], list[Any], dict[str, Any]]] = []
         self._handles = [
@@ -45,7 +46,8 @@ class ScaleRules:
         ]
 
     def remove(self) -> None:
-        """Detach from the optimizer."""
+        """Detach from the optimizer, its groups as the user built them even where a step raised."""
+        self._merge(self._optimizer)
         for handle in self._handles:
             handle.remove()
 

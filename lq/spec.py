@@ -173,7 +173,8 @@ class QuantSpec(LayerSpec):
             spec = replace(spec, bits=self.first_last_bits, activation_bits="same", levels=None)
         for pattern, changes in self.overrides.items():
             if matches(pattern, path, class_names):
-                spec = replace(spec, **changes)
+                widened = {"levels": None} if "bits" in changes else {}
+                spec = replace(spec, **{**widened, **changes})
         return spec
 
     @classmethod

@@ -55,6 +55,12 @@ def test_first_and_last_drop_an_explicit_number_of_levels():
     assert (layer.weight_codes.bits, layer.weight_codes.levels) == (8, 255)
 
 
+def test_an_override_of_bits_drops_an_explicit_number_of_levels():
+    spec = QuantSpec(levels=15, overrides={"a": {"bits": 8}, "b": {"bits": 8, "levels": 9}})
+    assert spec.layer("a").weight_codes.levels == 255
+    assert spec.layer("b").weight_codes.levels == 9
+
+
 def test_activation_width_follows_levels_or_its_own_bits():
     assert LayerSpec(levels=15, bits=8).activation_codes(signed=False).bits == 4
     assert LayerSpec(bits=2, activation_bits=6).activation_codes(signed=True).bits == 6

@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -30,6 +31,8 @@ def overrides(module: Any, name: str) -> bool:
     Returns:
         True where it is the user's.
     """
+    if module is None:
+        return False
     if name in vars(module):
         return True
     owner = next((c for c in type(module).__mro__ if name in vars(c)), None)
@@ -56,28 +59,46 @@ def training_batches(trainer: Any, count: int) -> Iterator[Iterator[Any]]:
 
     def twin(loader: Any) -> Any:
         if not isinstance(loader, DataLoader):
-            try:
-                return copy.deepcopy(loader)
-            except Exception:  # an iterable of unknown kind that does not copy is read itself
-                return loader
+            return _copied(loader, loader)
         for owner in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
                 kept.append((generator, generator.get_state()))
-        common = {"dataset": loader.dataset, "collate_fn": loader.collate_fn, "generator": loader.generator}
-        if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-            return DataLoader(**common, batch_size=loader.batch_size, drop_last=loader.drop_last)
-        return DataLoader(**common, batch_sampler=loader.batch_sampler)
+        common = {"collate_fn": loader.collate_fn, "generator": loader.generator}
+        if isinstance(loader.dataset, IterableDataset):
+            dataset = _copied(loader.dataset, loader.dataset)
+            return DataLoader(dataset, **common, batch_size=loader.batch_size, drop_last=loader.drop_last)
+        if loader.batch_sampler is None:
+            return DataLoader(loader.dataset, **common, sampler=loader.sampler, batch_size=None)
+        return DataLoader(loader.dataset, **common, batch_sampler=_copied(loader.batch_sampler, loader.dataset))
 
     leaves = tree_map_only(object, twin, trainer.train_dataloader)
     combined = CombinedLoader(leaves, "max_size_cycle")
     with isolate_rng():
         try:
-            batches = (item[0] for item in islice(iter(combined), count))
-            yield (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches)
+            yield (_on_device(trainer, item[0]) for item in islice(iter(combined), count))
         finally:
             for generator, state in kept:
                 generator.set_state(state)
+
+
+def _copied(source: Any, shared: Any) -> Any:
+    """A copy that advances alone: samplers and iterables may keep a position or random numbers of their own."""
+    try:
+        return copy.deepcopy(source, {} if source is shared else {id(shared): shared})
+    except Exception as error:  # whatever a foreign class raises when copied
+        name = type(source).__name__
+        rank_zero_warn(f"{name} cannot be copied ({error}): calibration reads it, which may change what training sees")
+        return source
+
+
+def _on_device(trainer: Any, batch: Any) -> Any:
+    """What the training loop does to a batch before training_step."""
+    owner = (
+        trainer.datamodule if overrides(trainer.datamodule, "on_before_batch_transfer") else trainer.lightning_module
+    )
+    batch = owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def shadow(trainer: Any, pl_module: Any, forward: Forward | None) -> tuple[Any, Forward]:
@@ -100,23 +121,43 @@ def shadow(trainer: Any, pl_module: Any, forward: Forward | None) -> tuple[Any, 
             f"calibration_forward must be given for {type(pl_module).__name__}, which optimizes manually and has no "
             "forward: pass LearnedQuantization(calibration_forward=lambda module, batch: module.net(batch[0]))"
         )
-    twin = copy.deepcopy(pl_module)
+    try:
+        twin = copy.deepcopy(pl_module)
+    except Exception as error:  # whatever an attribute of the user's raises when copied
+        raise ValueError(
+            f"{type(pl_module).__name__} must be copyable, so that calibration leaves it untouched, got: {error}. "
+            "Detach the tensors that it keeps between steps, or delete them in on_train_start and on_validation_start"
+        ) from error
     twin.trainer = trainer
     for name in _COMPILED:  # torch.compile leaves instance attributes that are bound to the original
         vars(twin).pop(name, None)
     twin.log = twin.log_dict = lambda *_, **__: None
+
+    count = itertools.count(1)
 
     def run(module: Any, batch: Any) -> Any:
         with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
             if forward is not None:
                 return forward(module, batch)
             if not module.automatic_optimization:
-                return default_forward(module, batch)
+                return _forward(module, batch)
             step = type(module).training_step
-            takes_index = len(inspect.signature(step).parameters) > 2
-            return step(module, batch, 0) if takes_index else step(module, batch)
+            parameters = inspect.signature(step).parameters.values()
+            takes_index = len(parameters) > 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+            # from 1 on: what a module does in its first batch, such as logging a picture, is left to that batch
+            return step(module, batch, next(count)) if takes_index else step(module, batch)
 
     return twin, run
+
+
+def _forward(module: Any, batch: Any) -> Any:
+    try:
+        return default_forward(module, batch)
+    except TypeError as error:
+        raise ValueError(
+            f"calibration_forward must be given for {type(module).__name__}, whose forward does not take its batches: "
+            f"{error}. Pass LearnedQuantization(calibration_forward=lambda module, batch: module(batch['image']))"
+        ) from error
 
 
 def loss_scale(trainer: Any, optimizer: torch.optim.Optimizer) -> float:

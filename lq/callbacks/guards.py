@@ -15,7 +15,15 @@ from lq.nn import QuantLayer, named_quantized_layers
 from lq.spec import LayerSpec, QuantSpec
 from lq.surgery import Found
 
-__all__ = ["check_averaging_order", "check_collapse", "check_loss", "check_optimizers", "check_same_spec"]
+__all__ = [
+    "check_averaging_order",
+    "check_called",
+    "check_collapse",
+    "check_loss",
+    "check_optimizers",
+    "check_same_spec",
+    "check_stepped",
+]
 
 CLIPPED_LIMIT = 0.99
 ZERO_LIMIT = 0.999
@@ -95,19 +103,56 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modu
     rank_zero_warn(f"{len(missing)} learned scales are in no optimizer and stay fixed ({missing[0]}, ...): {fix}")
 
 
-def check_loss(loss: torch.Tensor, step: int) -> None:
-    """Stop at a loss that is not finite, before a checkpoint of it is written.
+def check_called(called: Sequence[str], quantized: Sequence[str]) -> None:
+    """Refuse quantized layers that training does not call: they would run in float while the report says otherwise.
 
     Args:
-        loss: of this batch.
-        step: optimizer steps taken.
+        called: paths of the layers that training batches reached.
+        quantized: paths of the quantized layers.
 
     Raises:
-        ValueError: where it is NaN or infinite.
+        ValueError: naming the layers and the glob that leaves them out.
     """
-    if not bool(torch.isfinite(loss).all()):
+    missed = [path for path in quantized if path not in called]
+    if missed:
         raise ValueError(
-            f"the training loss must be finite, got {float(loss):g} at optimizer step {step}: lower the learning rate "
+            f"every quantized layer must be called in training, got no call of {missed}: they are unused, or their "
+            f"parent reads their weight. Leave them in float with exclude={missed}"
+        )
+
+
+def check_stepped(steps: int) -> None:
+    """Refuse to anneal by optimizer steps that nobody reports.
+
+    Args:
+        steps: optimizer steps seen by the end of an epoch.
+
+    Raises:
+        ValueError: for none.
+    """
+    if steps == 0:
+        raise ValueError(
+            "an epoch must take at least one optimizer step through Lightning, got none: step self.optimizers(), "
+            "not self.optimizers(use_pl_optimizer=False)"
+        )
+
+
+def check_loss(loss: torch.Tensor | None, step: int, scales: Sequence[nn.Parameter]) -> None:
+    """Stop at a loss or a scale that is not finite, before a checkpoint of it is written.
+
+    Args:
+        loss: of this batch, None where unknown.
+        step: optimizer steps taken.
+        scales: learned scales to look at.
+
+    Raises:
+        ValueError: where one is NaN or infinite.
+    """
+    sums = [value.detach().sum().double() for value in (loss, *scales) if value is not None]
+    total = float(torch.stack(sums).sum()) if sums else 0.0
+    if not math.isfinite(total):
+        raise ValueError(
+            f"the training loss must be finite, got {total:g} at optimizer step {step}: lower the learning rate "
             "or scale_lr_factor, clip gradients, or resume from the last checkpoint, which is intact"
         )
 

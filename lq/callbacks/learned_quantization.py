@@ -8,18 +8,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lq.calibration import calibrate, reestimate_batch_norm, uncalibrated_layers
-from lq.callbacks.batches import Forward, loss_scale, overrides, shadow, training_batches
-from lq.callbacks.guards import check_averaging_order, check_collapse, check_loss, check_optimizers, check_same_spec
-from lq.callbacks.schedule import Annealing, AnnealSpec, describe
+from lq.calibration import uncalibrated_layers
+from lq.callbacks.batches import Forward, loss_scale, overrides
+from lq.callbacks.first_batches import calibrate_on_training_batches, reestimate_on_training_batches
+from lq.callbacks.guards import (
+    check_averaging_order,
+    check_collapse,
+    check_loss,
+    check_optimizers,
+    check_same_spec,
+    check_stepped,
+)
+from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
 from lq.callbacks.tracker import QuantizationTracker
 from lq.checkpoints import checkpoint_entry, restore_plan
 from lq.network import layer_statistics, scale_parameters, scale_regularizer, set_slope
 from lq.nn import QuantLayer, named_quantized_layers
-from lq.quantizers import ActivationQuantizer
 from lq.scale_rules import ScaleRules
 from lq.spec import QuantSpec
-from lq.surgery import SwapReport, execution_order, find_layers, quantize_model, reassign_ends, run_example
+from lq.surgery import SwapReport, apply_plan, execution_order, make_plan, run_example, swap_report
 from lq.tracking import log_rows, log_text, metric
 
 __all__ = ["LearnedQuantization"]
@@ -70,8 +77,8 @@ class LearnedQuantization(Callback):
     ) -> None:
         """Validate everything; nothing is touched before `setup`."""
         super().__init__()
-        self.spec = _choose("spec", spec, QuantSpec, {k: v for k, v in settings.items() if k in _SPEC_FIELDS})
-        self.anneal = _choose("anneal", anneal, AnnealSpec, {k: v for k, v in settings.items() if k in _ANNEAL_FIELDS})
+        self.spec = choose("spec", spec, QuantSpec, {k: v for k, v in settings.items() if k in _SPEC_FIELDS})
+        self.anneal = choose("anneal", anneal, AnnealSpec, {k: v for k, v in settings.items() if k in _ANNEAL_FIELDS})
         unknown = [name for name in settings if name not in (*_SPEC_FIELDS, *_ANNEAL_FIELDS)]
         if unknown:
             raise TypeError(
@@ -84,7 +91,8 @@ class LearnedQuantization(Callback):
         self._undo: list[Callable[[], None]] = []
         self._rules: list[ScaleRules] = []
         self._collapsed_at_start: frozenset[str] = frozenset()
-        self._stepped = self._started = False
+        self._stepped = self._started = self._fresh = False
+        self._order: list[str] | None = None
         self._regularizer: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
 
@@ -94,6 +102,8 @@ class LearnedQuantization(Callback):
         self._started = False
         if stage == "fit":
             self.annealing = Annealing(self.anneal)
+            self.tracker.restart()
+            self._regularizer = self._loss = None
         restore = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -118,12 +128,17 @@ class LearnedQuantization(Callback):
         self._undo.append(lambda: setattr(pl_module, name, before) if had else delattr(pl_module, name))
 
     def _swap(self, pl_module: LightningModule) -> None:
-        found = find_layers(pl_module)
-        if any(isinstance(f.module, QuantLayer) for f in found) and not any(f.obstacle == "" for f in found):
-            check_same_spec(found, self.spec)  # swapped in an earlier stage, or loaded
+        plan = make_plan(pl_module, self.spec)
+        if all(isinstance(p.found.module, QuantLayer) for p in plan.layers if p.spec is not None):
+            check_same_spec([p.found for p in plan.layers], self.spec)  # swapped in an earlier stage, or loaded
+            self.report = self.report or swap_report(plan)
             return
-        self.report = quantize_model(pl_module, self.spec, pl_module.example_input_array)
+        example = pl_module.example_input_array
+        if example is not None:
+            self._order = execution_order(pl_module, lambda: run_example(pl_module, example))
+        self.report = apply_plan(pl_module, make_plan(pl_module, self.spec, self._order))
         set_slope(pl_module, self.anneal.slope_start)
+        self._fresh = True
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that these figures do not count."""
@@ -136,8 +151,11 @@ class LearnedQuantization(Callback):
         if not named_quantized_layers(pl_module):
             raise ValueError("no layer was quantized: build the network in __init__, setup or configure_model")
         self.annealing.resolve(trainer.estimated_stepping_batches)
-        if uncalibrated_layers(pl_module):
-            self._calibrate(trainer, pl_module)
+        if self.annealing.step == 0 and (self._fresh or uncalibrated_layers(pl_module)):
+            count, forward = self.anneal.calibration_batches, self.calibration_forward
+            order = calibrate_on_training_batches(trainer, pl_module, self.spec, count, forward, self._order)
+            self.report = swap_report(make_plan(pl_module, self.spec, order))
+            self._fresh = False
         check_optimizers(trainer.optimizers, pl_module)
         scales = scale_parameters(pl_module)
         self._rules = [ScaleRules(o, scales, self.anneal.scale_lr_factor) for o in trainer.optimizers]
@@ -149,20 +167,6 @@ class LearnedQuantization(Callback):
                 log_text(trainer.loggers, "lq/swap_report.txt", str(self.report))
                 log_rows(trainer.loggers, "lq/swap_report.json", self.report.to_dicts())
 
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        twin, run = shadow(trainer, pl_module, self.calibration_forward)
-        with training_batches(trainer, self.anneal.calibration_batches) as batches:
-            order = execution_order(twin, lambda: calibrate(twin, batches, run))
-        copies = dict(twin.named_modules())
-        for path, module in pl_module.named_modules():
-            if isinstance(module, ActivationQuantizer):
-                module.load_state_dict(copies[path].state_dict())
-        example = pl_module.example_input_array
-        if example is not None:  # the user's word on what runs first and last; else the batches decide
-            order = execution_order(pl_module, lambda: run_example(pl_module, example))
-        if self.report is not None:
-            self.report = reassign_ends(pl_module, self.spec, order)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the slope of this step."""
         set_slope(pl_module, self.annealing.slope)
@@ -172,13 +176,15 @@ class LearnedQuantization(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Add the gradient of the regularizer, once per step, after unscaling and before clipping."""
+        groups = optimizer.param_groups
+        if all(p.grad is None for group in groups for p in group["params"]):
+            return  # training_step skipped the batch
         self._stepped = True
         strength = self.annealing.strength
         if strength == 0:
             return
         layers = named_quantized_layers(pl_module).values()
         candidates = {id(p) for layer in layers for p in layer.parameters()}
-        groups = optimizer.param_groups
         params = [p for group in groups for p in group["params"] if id(p) in candidates and p.requires_grad]
         if not params:
             return
@@ -189,6 +195,8 @@ class LearnedQuantization(Callback):
                 on=self.anneal.regularizer_on,
                 scale_gradient=self.anneal.regularizer_scale_gradient,
             )
+            if not value.requires_grad:
+                return  # every quantized weight is frozen
             gradients = torch.autograd.grad(value, params, allow_unused=True)
         factor = strength * loss_scale(trainer, optimizer)
         for parameter, gradient in zip(params, gradients, strict=True):
@@ -205,7 +213,7 @@ class LearnedQuantization(Callback):
         due = self._stepped and self.tracker.due(trainer, self.annealing.step + 1)
         self._loss = loss if isinstance(loss, torch.Tensor) else None
         if isinstance(loss, torch.Tensor) and (due or loss.device.type == "cpu" or trainer.is_last_batch):
-            check_loss(loss, self.annealing.step)
+            check_loss(loss, self.annealing.step, ())
         if not self._stepped:
             return
         slope, strength = self.annealing.slope, self.annealing.strength
@@ -224,6 +232,10 @@ class LearnedQuantization(Callback):
         values = self.tracker.record(trainer, pl_module, self.annealing.step, extra, statistics)
         self.annealing.see_alignment(values[metric("alignment")])
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to anneal by optimizer steps that nobody reports."""
+        check_stepped(self.annealing.step)
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -231,26 +243,22 @@ class LearnedQuantization(Callback):
         first = batch_idx == 0 and dataloader_idx == 0
         if not first or not self.anneal.reestimate_bn or not self._started or trainer.sanity_checking:
             return
-        twin, run = shadow(trainer, pl_module, self.calibration_forward)
-        with training_batches(trainer, self.anneal.reestimate_bn) as batches:
-            reestimate_batch_norm(twin, batches, run)
-        buffers = dict(twin.named_buffers())
-        with torch.no_grad():
-            for name, buffer in pl_module.named_buffers():
-                buffer.copy_(buffers[name])
+        reestimate_on_training_batches(trainer, pl_module, self.anneal.reestimate_bn, self.calibration_forward)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the plateau criterion."""
         if self._started and not trainer.sanity_checking:
-            self.annealing.see_metrics(dict(trainer.callback_metrics))
+            self.annealing.see_metrics(dict(trainer.callback_metrics), trainer.strategy.reduce_boolean_decision)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Release the optimizers."""
+        """Release the optimizers; where there was no validation, re-estimate batch norms now."""
+        if self.anneal.reestimate_bn and not sum(trainer.num_val_batches):
+            reestimate_on_training_batches(trainer, pl_module, self.anneal.reestimate_bn, self.calibration_forward)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing attached after a crash."""
-        self._loss = None
+        self._started = False
         self._release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -271,8 +279,8 @@ class LearnedQuantization(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint what it is; write none of a network that a NaN has reached."""
-        if self._loss is not None:
-            check_loss(self._loss, self.annealing.step)
+        if self._started:
+            check_loss(self._loss, self.annealing.step, scale_parameters(pl_module))
         checkpoint["lq"] = checkpoint_entry(pl_module, self.spec) | {"anneal": describe(self.anneal)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -282,15 +290,3 @@ class LearnedQuantization(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the very same slope."""
         self.annealing.load_state_dict(state_dict)
-
-
-def _choose(name: str, given: Any, kind: type, settings: dict[str, Any]) -> Any:
-    if given is None:
-        return kind(**settings)
-    if not isinstance(given, kind):
-        raise TypeError(
-            f"{name} must be a {kind.__name__}, got {given!r}: write {kind.__name__}(...) or give its fields"
-        )
-    if settings:
-        raise TypeError(f"{name} must be given whole or as fields, got both: move {sorted(settings)} into {name}")
-    return given

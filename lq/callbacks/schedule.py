@@ -1,6 +1,7 @@
 """When the slope rises and stops, and how strong the regularizer is: settings and the state that survives a resume."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ class AnnealSpec:
     Args:
         slope_start: slope at the first optimizer step.
         slope_end: slope after ``anneal_steps``.
-        anneal_steps: length of the rise, in optimizer steps, or as a fraction of the fit (0.8 is 80 %).
+        anneal_steps: length of the rise, in optimizer steps, or as a fraction of the fit (0.8 is 80 %; under manual
+            optimization of its batches, so give steps where you accumulate).
         hold: criterion that ends the rise early: HoldAtStep, HoldAtAlignment or HoldOnPlateau; null for none.
         regularizer: "nearest", "l1" or "sine"; null for none.
         regularizer_on: distance of the "latent" weight, or of the "quantized" one that training sees.
@@ -168,8 +170,8 @@ class Annealing:
         """
         if self.steps is not None:
             return
-        if isinstance(self.spec.anneal_steps, int):
-            self.steps = self.spec.anneal_steps
+        if not isinstance(self.spec.anneal_steps, float):
+            self.steps = int(self.spec.anneal_steps)
         elif math.isinf(total_steps):
             raise ValueError(
                 f"anneal_steps must be an integer for a fit without an end, got the fraction {self.spec.anneal_steps}: "
@@ -206,11 +208,12 @@ class Annealing:
         if isinstance(self.spec.hold, HoldAtAlignment) and alignment >= self.spec.hold.threshold:
             self._hold(self.step)
 
-    def see_metrics(self, metrics: dict[str, Any]) -> None:
+    def see_metrics(self, metrics: dict[str, Any], agree: Callable[..., bool] = lambda held, **_: held) -> None:
         """Check the plateau criterion.
 
         Args:
             metrics: what the trainer has logged.
+            agree: makes one decision of those of all processes, whose metrics may differ.
 
         Raises:
             ValueError: where the monitored metric is missing.
@@ -226,9 +229,9 @@ class Annealing:
         value = float(metrics[hold.monitor]) * (1 if hold.mode == "max" else -1)
         if self.best is None or value > self.best + hold.min_delta:
             self.best, self.waited = value, 0
-            return
-        self.waited += 1
-        if self.waited > hold.patience:
+        else:
+            self.waited += 1
+        if agree(self.waited > hold.patience, all=False):
             self._hold(self.step)
 
     def _hold(self, step: int) -> None:
@@ -251,6 +254,32 @@ class Annealing:
         """
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def choose(name: str, given: Any, kind: type, settings: dict[str, Any]) -> Any:
+    """Settings given whole, or made from their fields.
+
+    Args:
+        name: of the argument.
+        given: an instance, or None.
+        kind: its class.
+        settings: fields, where they were given apart.
+
+    Returns:
+        An instance of ``kind``.
+
+    Raises:
+        TypeError: for something else, or for both.
+    """
+    if given is None:
+        return kind(**settings)
+    if not isinstance(given, kind):
+        raise TypeError(
+            f"{name} must be a {kind.__name__}, got {given!r}: write {kind.__name__}(...) or give its fields"
+        )
+    if settings:
+        raise TypeError(f"{name} must be given whole or as fields, got both: move {sorted(settings)} into {name}")
+    return given
 
 
 def describe(spec: AnnealSpec) -> dict[str, Any]:

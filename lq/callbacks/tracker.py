@@ -38,6 +38,10 @@ class QuantizationTracker(Callback):
         self.layers = layers
         self._logged_at = -1
 
+    def restart(self) -> None:
+        """Forget what an earlier fit has logged."""
+        self._logged_at = -1
+
     def due(self, trainer: Trainer, step: int) -> bool:
         """Whether figures are to be logged after an optimizer step, at the latest at the end of an epoch.
 

@@ -2,7 +2,16 @@
 
 from torch import nn
 
-from lq.nn.layers import FixedWeight, QuantLayer, from_float, is_transposed, operator_weight, to_float, uses_own_weight
+from lq.nn.layers import (
+    FixedWeight,
+    QuantLayer,
+    from_float,
+    is_transposed,
+    operator_weight,
+    to_float,
+    uses_own_weight,
+    weight_key,
+)
 from lq.nn.substitute import LAYER_TYPES, SubstituteWeight
 
 __all__ = [
@@ -16,6 +25,7 @@ __all__ = [
     "operator_weight",
     "to_float",
     "uses_own_weight",
+    "weight_key",
 ]
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from lq.nn.substitute import LAYER_TYPES, TRANSPOSED_TYPES, SubstituteWeight, probe_input
 from lq.quantizers import ActivationQuantizer, Quantizer
 
-__all__ = ["FixedWeight", "QuantLayer", "from_float", "operator_weight", "to_float", "uses_own_weight"]
+__all__ = ["FixedWeight", "QuantLayer", "from_float", "operator_weight", "to_float", "uses_own_weight", "weight_key"]
 
 _OWN_FORWARDS = {t.forward for t in LAYER_TYPES}
 
@@ -169,13 +169,14 @@ def from_float(module: nn.Module, weight_quantizer: Quantizer, input_quantizer: 
             quantizer.train(module.training)
 
 
-def to_float(module: QuantLayer, weight: Tensor | None = None) -> None:
+def to_float(module: QuantLayer, weight: Tensor | None = None, *, own: bool = False) -> None:
     """Turn a quantized layer back into a float one, in place.
 
     Args:
         module: the quantized layer.
         weight: operator weight that the float layer shall have, usually `QuantLayer.quantized_weight`; None leaves its
             parameter as it is.
+        own: give the layer a parameter of its own, because others that share the present one must keep it.
 
     >>> from lq.functional import code_range
     >>> from lq.quantizers import LSQQuantizer
@@ -196,8 +197,24 @@ def to_float(module: QuantLayer, weight: Tensor | None = None) -> None:
         return
     if parametrize.is_parametrized(module, "weight"):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    if own:
+        module.weight = nn.Parameter(weight, requires_grad=cast(Tensor, module.weight).requires_grad)
+        return
     with torch.no_grad():
         cast(Tensor, module.weight).copy_(weight)
+
+
+def weight_key(module: nn.Module) -> int:
+    """What tells weights apart: the parameter, or the layer where it computes its weight from others.
+
+    Args:
+        module: a convolution or linear layer.
+
+    Returns:
+        A key that two layers share only if they share the parameter.
+    """
+    weight = module.weight
+    return id(weight) if isinstance(weight, nn.Parameter) else id(module)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -64,11 +64,12 @@ class ActivationQuantizer(nn.Module):
             lowest: smallest value seen.
             method: see `lq.functional.initial_scale`.
         """
-        if self.activation == "auto":
-            self.signed.fill_(float(lowest < 0))
+        signed = lowest < 0 if self.activation == "auto" else self.activation == "signed"
+        self.quantizer.codes = self.code_ranges[int(signed)]
+        self.quantizer.calibrate_(sample, method)
+        self.signed.fill_(float(signed))
         self.calibrated.fill_(1.0)
         self.read_state()
-        self.quantizer.calibrate_(sample, method)
 
     def set_ranges_(self, ranges: Callable[[bool], CodeRange]) -> None:
         """Change the width of the codes.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.functional.hard import dequantize, hard_quantize, lsq_gradient_scale, quantize
+from lq.functional.hard import dequantize, hard_quantize, lsq_gradient_scale, lsq_quantize, quantize
 from lq.functional.layout import ScaleLayout, positive
 from lq.functional.levels import CodeRange, level_values
 from lq.functional.regularizer import level_regularizer
@@ -56,19 +56,27 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize: `fake_quantize` in training, the nearest level in evaluation.
 
+        In evaluation gradients pass straight through, so that parts of a network that train in evaluation mode (as with
+        frozen batch norms) still learn.
+
         Args:
             x: any shape, floating point.
 
         Returns:
             Quantized values, shape and dtype of ``x``.
         """
-        if not self.training:
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad)
+        if not self.training and not learns:
             return self.hard(x)
         view, scale = self._prepare(x)
         factor = 1.0
         if self.gradient_scale:
             factor = lsq_gradient_scale(self.count or x.numel() // max(x.shape[0], 1), self.codes.largest)
-        return self.fake_quantize(view, scale, factor).reshape(x.shape).to(x.dtype)
+        if self.training:
+            y = self.fake_quantize(view, scale, factor)
+        else:
+            y = lsq_quantize(view, scale, gradient_scale=factor, **self._range())
+        return y.reshape(x.shape).to(x.dtype)
 
     def hard(self, x: Tensor) -> Tensor:
         """Nearest level, whatever the mode.

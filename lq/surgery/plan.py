@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lq.nn import QuantLayer, weight_key
 from lq.spec import LayerSpec, QuantSpec, matches
 from lq.surgery.discover import Found, find_layers
 
@@ -63,11 +64,12 @@ def make_plan(model: nn.Module, spec: QuantSpec, order: Sequence[str] | None = N
     """
     found = find_layers(model)
     _check_globs(found, spec)
-    sequence = list(order) if order else [f.path for f in found if _usable(f)]
+    usable = [f.path for f in found if _usable(f)]
+    sequence = [path for path in order if path in usable] if order else usable
     roles = (
         {path: role for role, path in (("last block", sequence[-1]), ("first block", sequence[0]))} if sequence else {}
     )
-    layers = [_planned(f, spec, roles.get(f.path, "")) for f in found]
+    layers = [_planned(f, spec, roles.get(f.path, ""), order) for f in found]
     layers = _tie(layers)
     if not any(p.spec for p in layers):
         listed = "; ".join(f"{p.found.path or '(root)'}: {p.reason}" for p in layers) or "it has no such layer"
@@ -82,10 +84,12 @@ def _usable(found: Found) -> bool:
     return found.obstacle in ("", "already quantized")
 
 
-def _planned(found: Found, spec: QuantSpec, role: str) -> PlannedLayer:
+def _planned(found: Found, spec: QuantSpec, role: str, order: Sequence[str] | None) -> PlannedLayer:
     names = found.class_names
     if not _usable(found):
         return PlannedLayer(found, None, found.obstacle)
+    if order and found.path not in order and not isinstance(found.module, QuantLayer):
+        return PlannedLayer(found, None, "the example never calls it: unused, or its parent reads its weight")
     if spec.include is not None and not any(matches(g, found.path, names) for g in spec.include):
         return PlannedLayer(found, None, "not included")
     if spec.exclude is not None and any(matches(g, found.path, names) for g in spec.exclude):
@@ -99,7 +103,7 @@ def _tie(layers: list[PlannedLayer]) -> list[PlannedLayer]:
     groups: dict[int, list[int]] = {}
     for i, planned in enumerate(layers):
         if planned.spec is not None:
-            groups.setdefault(id(planned.found.module.weight), []).append(i)
+            groups.setdefault(weight_key(planned.found.module), []).append(i)
     for members in groups.values():
         widest = max(members, key=lambda i: (layers[i].spec or LayerSpec()).bits)
         for i in members:

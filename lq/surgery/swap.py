@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lq.functional.layout import ScaleLayout
-from lq.nn import QuantLayer, from_float, is_transposed, named_quantized_layers, to_float
+from lq.nn import QuantLayer, from_float, is_transposed, named_quantized_layers, to_float, weight_key
 from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
 from lq.spec import LayerSpec, QuantSpec
 from lq.surgery.discover import execution_order, run_example
@@ -78,7 +78,7 @@ def _quantize_layer(module: nn.Module, spec: LayerSpec, shared: dict[int, tuple[
     if spec.granularity == "channel":
         groups = getattr(module, "groups", 1)
         layout = ScaleLayout.per_channel(weight.shape, transposed=is_transposed(module), groups=groups)
-    tied = shared.get(id(weight))
+    tied = shared.get(weight_key(module))
     quantizer = tied[1] if tied and tied[0] == layout else build_weight_quantizer(spec, layout, weight.numel())
     inputs = build_activation_quantizer(spec)
     for part in (quantizer, inputs):
@@ -89,7 +89,7 @@ def _quantize_layer(module: nn.Module, spec: LayerSpec, shared: dict[int, tuple[
     module.layer_spec = spec  # type: ignore[assignment]
     if tied is None or quantizer is not tied[1]:
         quantizer.calibrate_(module.float_weight(), spec.scale_init)
-        shared[id(weight)] = (layout, quantizer)
+        shared[weight_key(module)] = (layout, quantizer)
 
 
 def _pass(*_: Any) -> None:
@@ -99,8 +99,10 @@ def _pass(*_: Any) -> None:
 def _keep_off_fast_path(model: nn.Module) -> None:
     """TransformerEncoderLayer's inference fast path reads weights past their layers; a hook makes it take the other."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, QuantLayer):
-            module.linear1.register_forward_pre_hook(_pass)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for layer in (module.linear1, module.linear2):
+                if isinstance(layer, QuantLayer):
+                    layer.register_forward_pre_hook(_pass)
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
@@ -133,6 +135,8 @@ def swap_report(plan: Plan) -> SwapReport:
     rows = []
     for planned in plan.layers:
         found, spec = planned.found, planned.spec
+        if isinstance(found.module, QuantLayer) and isinstance(found.module.layer_spec, LayerSpec):
+            spec = found.module.layer_spec  # what it has, whatever was planned
         weight = getattr(found.module, "weight", None)
         shaped = isinstance(weight, Tensor) and not nn.parameter.is_lazy(weight)
         row = SwapRow(
@@ -223,6 +227,11 @@ def dequantize_model(model: nn.Module, *, keep_latent: bool = False) -> list[str
     """
     layers = named_quantized_layers(model)
     values = {path: None if keep_latent else layer.quantized_weight() for path, layer in layers.items()}
+    users: dict[int, set[int]] = {}  # by parameter: the quantizers through which it is used
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(id(getattr(module, "weight_quantizer", None)))
+    alone = {path: len(users.get(weight_key(layer), ())) <= 1 for path, layer in layers.items()}
     for path, layer in layers.items():
-        to_float(layer, values[path])
+        to_float(layer, values[path], own=not alone[path] and values[path] is not None)
     return list(layers)

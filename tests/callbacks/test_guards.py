@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lq
 from lq.callbacks import HoldAtAlignment, HoldAtStep, HoldOnPlateau
 from lq.nn import named_quantized_layers
-from tests.helpers.modules import TRAINER, Plain, fit, loader, mlp
+from tests.helpers.modules import TRAINER, Manual, Plain, fit, loader, mlp
 
 
 @pytest.mark.parametrize("other", [EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(1e-3)])
@@ -126,22 +126,51 @@ def test_a_nan_loss_stops_with_the_last_good_checkpoint_intact(tmp_path):
     assert all(bool(torch.isfinite(p).all()) for p in loaded.parameters())
 
 
-@pytest.mark.parametrize(("factor", "what"), [(1e4, "clipped|zero")])
+@pytest.mark.parametrize(("factor", "what"), [(1e4, "100.0% are zero"), (1e-6, "of its weights are clipped")])
 def test_a_collapsed_scale_names_layer_and_fix(factor, what):
+    def still(params):  # a large gradient would bring a scale near zero back
+        return torch.optim.SGD(params, lr=0.0)
+
     class Pushed(Plain):
         def on_train_batch_end(self, *_):
             if self.global_step == 5:
                 with torch.no_grad():
                     self.net[2].weight_quantizer.scale.mul_(factor)
 
-    with pytest.raises(ValueError, match=r"the scale of layer 'net.2' has collapsed: .* 100.0% are zero.*overrides="):
-        fit(Pushed(), [lq.LearnedQuantization(bits=3, log_every_n_steps=1)])
+    with pytest.raises(ValueError, match=rf"the scale of layer 'net.2' has collapsed: .*{what}.*overrides="):
+        fit(Pushed(optimizer=still), [lq.LearnedQuantization(bits=3, log_every_n_steps=1)])
 
 
 def test_layers_that_start_at_zero_are_no_collapse():
     net = mlp()
     nn.init.zeros_(net[4].weight)
     fit(Plain(net), [lq.LearnedQuantization(bits=3, log_every_n_steps=1)])
+
+
+def test_manual_steps_past_lightning_are_noticed():
+    class Past(Manual):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.raises(
+        ValueError, match="at least one optimizer step through Lightning, got none: step self.optimizers"
+    ):
+        fit(Past(), [lq.LearnedQuantization()])
+
+
+def test_batches_that_a_forward_does_not_take_ask_for_a_calibration_forward():
+    class Named(Manual):
+        def training_step(self, batch, batch_idx):
+            super().training_step((batch["image"], batch["label"]), batch_idx)
+
+    rows = [{"image": torch.randn(8), "label": torch.tensor(1)}] * 32
+    data = DataLoader(rows, batch_size=8)
+    with pytest.raises(ValueError, match="calibration_forward must be given for Named, whose forward does not take"):
+        fit(Named(), [lq.LearnedQuantization()], data)
+    fit(Named(), [lq.LearnedQuantization(calibration_forward=lambda m, batch: m(batch["image"]))], data)
 
 
 def test_an_empty_loader_is_refused():

@@ -15,7 +15,7 @@ from lq.callbacks import HoldAtStep
 from lq.data import DigitsData
 from lq.nn import named_quantized_layers
 from lq.tracking import network_metrics
-from tests.helpers.modules import TRAINER, Plain, fit, loader, mlp, small_cnn
+from tests.helpers.modules import TRAINER, Plain, fit, loader, small_cnn
 
 
 class Recording(Plain):
@@ -104,6 +104,29 @@ def test_the_ends_are_found_by_executing_a_training_batch_and_the_report_follows
     assert module.net["middle"].input_quantizer.quantizer.codes.bits == 2
     printed = capsys.readouterr().out
     assert printed.count("3 of 3 layers quantized; first and last block by execution order") == 1
+
+
+class Shuffled(Plain):
+    """Executes its layers in another order than it registers them."""
+
+    def __init__(self, example: bool):
+        super().__init__(nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 8)]))
+        self.example_input_array = torch.randn(1, 8) if example else None
+
+    def forward(self, x):
+        return self.net[2](torch.relu(self.net[3](torch.relu(self.net[0](torch.relu(self.net[1](x)))))))
+
+
+def test_scales_are_set_for_the_widths_that_the_batches_decide():
+    scales = []
+    for example in (True, False):
+        torch.manual_seed(0)
+        module = Shuffled(example)
+        fit(module, [lq.LearnedQuantization(bits=4)], max_steps=1, limit_train_batches=1)
+        scales.append([p.detach().clone() for n, p in module.named_parameters() if n.endswith("scale")])
+    assert len(scales[0]) == 8
+    for a, b in zip(*scales, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0)
 
 
 def test_an_example_input_decides_the_ends():
@@ -228,8 +251,143 @@ def test_batch_norms_are_re_estimated_before_validation():
     assert not torch.allclose(results[0].net[1].running_mean, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("before", ["on_before_batch_transfer", "precision"])
+def test_calibration_sees_what_training_sees(before):
+    class Larger(Plain):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] * 100, batch[1]]
+
+    module = Larger() if before == "on_before_batch_transfer" else Plain()
+    changes = {} if before == "on_before_batch_transfer" else {"precision": "bf16-true"}
+    fit(module, [lq.LearnedQuantization()], max_steps=1, **changes)
+    top = module.net[0].input_quantizer.quantizer.level_values()[-1].item()
+    assert top > (100 if before == "on_before_batch_transfer" else 1)
+
+
+def test_parts_in_evaluation_mode_learn_as_they_do_in_float():
+    class Frozen(Plain):
+        def on_train_epoch_start(self):
+            self.net.eval()
+
+    module = Frozen()
+    before = module.net[2].weight.detach().clone()
+    fit(module, [lq.LearnedQuantization(regularizer=None)])
+    assert (module.net[2].weight - before).abs().max() > 1e-3
+
+
+def test_a_second_fit_keeps_learned_input_scales():
+    module = Plain()
+    fit(module, [lq.LearnedQuantization()])
+    with torch.no_grad():
+        module.net[2].input_quantizer.quantizer.scale.fill_(0.123)
+    module.make_optimizer = lambda params: torch.optim.SGD(params, lr=0.0)
+    fit(module, [lq.LearnedQuantization()])
+    assert module.net[2].input_quantizer.quantizer.scale.item() == pytest.approx(0.123)
+
+
+def test_stages_after_the_fit_change_nothing_where_layers_are_excluded():
+    module, callback = Plain(), lq.LearnedQuantization(exclude=["net.4"], slope_end=9.0)
+    trainer = fit(module, [callback])
+    report = callback.report
+    trainer.test(module, loader(2), verbose=False)
+    assert module.net[0].weight_quantizer.slope.item() == pytest.approx(9.0)
+    assert callback.report is report
+    with pytest.raises(ValueError, match="layer 'net.0' differs in bits"):
+        fit(module, [lq.LearnedQuantization(bits=2, first_last_bits=None, exclude=["net.4"])])
+
+
+def test_layers_that_training_never_calls_are_refused_by_name():
+    class Reads(Plain):
+        def forward(self, x):
+            first, act, middle, act2, last = self.net
+            return last(act2(nn.functional.linear(act(first(x)), middle.weight, middle.bias)))
+
+    with pytest.raises(ValueError, match=r"got no call of \['net.2'\].* exclude=\['net.2'\]"):
+        fit(Reads(), [lq.LearnedQuantization(activation=None)])
+    fit(Reads(), [lq.LearnedQuantization(exclude=["net.2"])])
+    module = Reads()
+    module.example_input_array = torch.randn(1, 8)
+    callback = lq.LearnedQuantization()
+    fit(module, [callback])
+    assert [(row.path, row.reason[:27]) for row in callback.report.skipped] == [
+        ("net.2", "the example never calls it:")
+    ]
+
+
+def test_samplers_and_iterables_with_a_state_of_their_own_are_left_alone():
+    class Ordered(torch.utils.data.Sampler):
+        def __init__(self):
+            self.numbers = np.random.default_rng(0)
+
+        def __iter__(self):
+            return iter(self.numbers.permutation(64).tolist())
+
+        def __len__(self):
+            return 64
+
+    class Fixed(Noisy):
+        def __getitem__(self, index):
+            return torch.full((8,), index / 64), index % 4
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self):
+            self.left = 64
+
+        def __iter__(self):
+            while self.left:
+                self.left -= 1
+                yield torch.full((8,), self.left / 64), self.left % 4
+
+    for make in (
+        lambda: DataLoader(Fixed(), batch_size=8, sampler=Ordered()),
+        lambda: DataLoader(Stream(), batch_size=8),
+    ):
+        seen = []
+        for callbacks in ([], [lq.LearnedQuantization()]):
+            module = Recording()
+            fit(module, callbacks, make())
+            seen.append(torch.cat(module.seen))
+        assert len(seen[0]) == 64
+        assert torch.equal(*seen)
+
+
+def test_a_skipped_batch_moves_nothing_and_counts_for_nothing():
+    class Skipping(Plain):
+        def training_step(self, batch, batch_idx):
+            return None if self.global_step else super().training_step(batch, batch_idx)
+
+    callback = lq.LearnedQuantization(strength_schedule="constant")
+    fit(Skipping(), [callback])
+    assert callback.annealing.step == 1
+
+
+def test_frozen_weights_need_no_regularizer():
+    module = Plain()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("bias" in name)
+    fit(module, [lq.LearnedQuantization(strength_schedule="constant")])
+
+
+def test_two_fits_log_alike(tmp_path):
+    callback, counts = lq.LearnedQuantization(log_every_n_steps=6), []
+    for name in ("a", "b"):
+        logger, rows = CSVLogger(tmp_path / name), []
+        logger.log_metrics = lambda m, step=None, rows=rows: rows.append(step)
+        fit(Plain(), [callback], logger=logger)
+        counts.append(len(rows))
+    assert counts[0] == counts[1] > 0
+
+
+def test_batch_norms_are_re_estimated_without_a_validation_loop_too():
+    module, data = Plain(small_cnn()), loader(shape=(3, 9, 9))
+    fit(module, [lq.LearnedQuantization(reestimate_bn=12)], data)
+    module.eval()
+    expected = torch.stack([module.net[0](x).mean(dim=(0, 2, 3)) for x, _ in data]).mean(0)
+    torch.testing.assert_close(module.net[1].running_mean, expected.detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_nothing_stays_attached_after_a_fit():
-    module, callback = Plain(), lq.LearnedQuantization()
+    module, callback = Plain(), lq.LearnedQuantization(scale_lr_factor=0.1)
     trainer = fit(module, [callback])
     assert not {"configure_model", "on_load_checkpoint"} & set(vars(module))
     optimizer = trainer.optimizers[0]
@@ -262,4 +420,3 @@ def test_a_quantized_network_learns_real_digits():
 def test_callbacks_with_the_whole_spec():
     spec = lq.QuantSpec(bits=5)
     assert lq.LearnedQuantization(spec).spec is spec
-    assert len(mlp()) == 5

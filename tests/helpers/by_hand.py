@@ -22,8 +22,17 @@ SETTINGS = {
 }
 
 
+CAP = 4.0  # default of slope_backward_max
+
+
 class HandLinear(nn.Linear):
-    """LSQ activations and soft-staircase weights from their formulas."""
+    """LSQ activations and soft-staircase weights from their formulas.
+
+    ``exact`` takes the staircase's own gradients; else the defaults: the slope capped in the weight's gradient, and the
+    scale's gradient straight through.
+    """
+
+    exact = True
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__(source.in_features, source.out_features)
@@ -44,12 +53,20 @@ class HandLinear(nn.Linear):
         u = (x / s).clamp(self.lo, self.hi)
         x = ((u + (u.round() - u).detach()) * s).to(dtype)
         s = self.damped(self.weight_scale, (self.weight.numel() * self.n) ** -0.5)
-        u = (self.weight / s).clamp(-self.n, self.n)
+        if self.exact:
+            return nn.functional.linear(x, self.staircase(self.weight, s, self.slope), self.bias)
+        value = self.staircase(self.weight, s, self.slope).detach()
+        by_weight = self.staircase(self.weight, s.detach(), min(self.slope, CAP))
+        t = (self.weight / s).detach()
+        by_scale = s * (value / s.detach() - torch.where(t.abs() <= self.n, t, 0.0))
+        surrogate = by_weight + by_scale
+        return nn.functional.linear(x, value + surrogate - surrogate.detach(), self.bias)
+
+    def staircase(self, weight, s, k):
+        u = (weight / s).clamp(-self.n, self.n)
         f = u.detach().floor().clamp(max=self.n - 1)
-        k = self.slope
         half = torch.tanh(torch.tensor(k / 2))
-        weight = (f + 0.5 + torch.tanh(k * (u - f - 0.5)) / (2 * half)) * s
-        return nn.functional.linear(x, weight, self.bias)
+        return (f + 0.5 + torch.tanh(k * (u - f - 0.5)) / (2 * half)) * s
 
     def regularizer(self):
         s = self.weight_scale.detach()
@@ -85,10 +102,10 @@ class ByHandManual(ByHand, Manual):
     """The same under manual optimization."""
 
 
-def by_hand_net(net: nn.Module, batches) -> nn.Sequential:
+def by_hand_net(net: nn.Module, batches, first_last_bits: int | None = None) -> nn.Sequential:
     """The hand-written twin of a float network, with the first scales that lq gives it."""
     net = copy.deepcopy(net).train()
-    lq.quantize_model(net, lq.QuantSpec(bits=SETTINGS["bits"], first_last_bits=None))
+    lq.quantize_model(net, lq.QuantSpec(bits=SETTINGS["bits"], first_last_bits=first_last_bits))
     lq.set_slope(net, SLOPE_START)  # what training sees first
     lq.calibrate(net, batches)
     return nn.Sequential(*(HandLinear(m) if isinstance(m, nn.Linear) else m for m in net))

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 import lq
-from tests.helpers.by_hand import SETTINGS, STRENGTH, ByHand, ByHandManual, by_hand_net, weights_of
+from tests.helpers.by_hand import SETTINGS, STRENGTH, ByHand, ByHandManual, HandLinear, by_hand_net, weights_of
 from tests.helpers.modules import Manual, Plain, fit, loader, mlp
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
@@ -85,6 +85,19 @@ def test_callback_equals_training_by_hand(name):
     assert effect > 1e-3
     assert distance(with_callback, by_hand) < mode.get("tolerance", 1e-4) * max(effect, 1.0)
     assert distance(with_callback, by_hand) < 0.2 * effect
+
+
+def test_the_default_gradients_and_widths_equal_training_by_hand(monkeypatch):
+    defaults = {
+        k: v for k, v in SETTINGS.items() if k not in ("first_last_bits", "scale_gradient", "slope_backward_max")
+    }
+    monkeypatch.setattr(HandLinear, "exact", False)
+    net = mlp()
+    batches = list(islice(loader(), SETTINGS["calibration_batches"]))
+    module, hand = Plain(copy.deepcopy(net), optimizer=SGD), ByHand(by_hand_net(net, batches, 8), optimizer=SGD)
+    fit(module, [lq.LearnedQuantization(**defaults)])
+    fit(hand)
+    assert distance(weights_of(module), weights_of(hand)) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -142,6 +142,14 @@ def test_from_the_middle_of_an_epoch_where_the_loader_knows_its_place(tmp_path):
     resumed = run(tmp_path, Small(), callbacks("resumed"), ckpt_path=newest, data=stateful(), epochs=2)
     assert resumed.global_step == whole.global_step == 40
     same_runs(whole, resumed)
+
+
+def test_a_checkpoint_written_because_of_an_exception_resumes(tmp_path):
+    exception = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(Crash):
+        run(tmp_path, Fragile(epoch=1, batch=3), [lq.LearnedQuantization(**SETTINGS), exception])
+    resumed = run(tmp_path, Fragile(), [lq.LearnedQuantization(**SETTINGS)], ckpt_path=exception.ckpt_path)
+    assert len(resumed.optimizers[0].param_groups) == 1
 
 
 def test_averaged_weights_resume_too(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.nn.utils import weight_norm
+from torch.nn.utils import parametrizations, weight_norm
 from torchmetrics import Metric
 
 import lq
@@ -151,6 +151,46 @@ def test_tied_weights_stay_tied_with_one_scale():
     twin.load_state_dict(model.state_dict())
     value = lq.scale_regularizer(model)
     assert value.item() == pytest.approx(lq.scale_regularizer(twin).item())
+
+
+def test_parametrized_layers_are_not_taken_for_tied():
+    model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(8, 8)) for _ in range(6)))
+    report = lq.quantize_model(model, lq.QuantSpec(bits=3))
+    assert [row.bits for row in report.rows] == [8, 3, 3, 3, 3, 8]
+    assert len({id(layer.weight_quantizer) for layer in model}) == 6
+    assert lq.network_size(model).weights == 6 * 64
+
+
+def test_dequantizing_leaves_floats_that_share_the_weight_alone():
+    model = Tied()
+    lq.quantize_model(model, lq.QuantSpec(bits=2, activation=None, exclude=["b"]))
+    x = torch.tensor([[1, 2]])
+    y = model.eval()(x)
+    lq.dequantize_model(model)
+    assert torch.equal(model(x), y)
+
+
+def test_transformer_layers_with_one_linear_excluded_are_quantized_in_evaluation_too():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 1).eval()
+    lq.quantize_model(encoder, lq.QuantSpec(bits=2, first_last_bits=None, activation=None, exclude=["*.linear1"]))
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        inferred = encoder(x)
+    torch.testing.assert_close(inferred, encoder(x.requires_grad_()).detach())
+
+
+class AfterRecurrence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.a, self.b, self.c = nn.LSTM(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(self.rnn(x)[0])))
+
+
+def test_ends_are_found_among_layers_that_can_be_quantized():
+    report = lq.quantize_model(AfterRecurrence(), lq.QuantSpec(bits=3), torch.randn(1, 2, 4))
+    assert {row.path: row.bits for row in report.quantized} == {"a": 8, "b": 3, "c": 8}
 
 
 def test_tied_ends_take_the_wider_codes():

@@ -1,0 +1,73 @@
+"""What is decided from training batches before the first step, and batch norms re-estimated from them later."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lq.calibration import BATCH_NORMS, calibrate, reestimate_batch_norm, uncalibrated_layers
+from lq.callbacks.batches import Forward, shadow, training_batches
+from lq.callbacks.guards import check_called
+from lq.nn import named_quantized_layers
+from lq.spec import QuantSpec
+from lq.surgery import execution_order, layer_specs, reassign_ends, set_widths
+
+__all__ = ["calibrate_on_training_batches", "reestimate_on_training_batches"]
+
+
+def calibrate_on_training_batches(
+    trainer: Any, pl_module: Any, spec: QuantSpec, count: int, forward: Forward | None, order: Sequence[str] | None
+) -> Sequence[str]:
+    """Find the first and the last block, then set the input scales of layers that have none, all on a copy.
+
+    Args:
+        trainer: of a fit that is about to take its first step.
+        pl_module: the quantized module; only widths, weight scales of blocks whose width changes, and missing input
+            scales change.
+        spec: it was quantized with.
+        count: batches to look at.
+        forward: the user's way to run the module on a batch, or None.
+        order: execution order that an example input has decided; None finds it now.
+
+    Returns:
+        Paths of the layers in execution order.
+
+    Raises:
+        ValueError: for a loader without batches, or a layer that no batch reaches.
+    """
+    twin, run = shadow(trainer, pl_module, forward)
+    missing = uncalibrated_layers(pl_module)
+    with training_batches(trainer, count) as batches, torch.no_grad():
+        seen = list(batches)
+        called = execution_order(twin, lambda: [run(twin, batch) for batch in seen[:1]])
+        if order is None:
+            order = [path for path in called if path in named_quantized_layers(pl_module)]
+            reassign_ends(pl_module, spec, order)
+            set_widths(twin, layer_specs(pl_module))  # before the scales are set, which depend on the widths
+        whole = (lambda: calibrate(twin, seen, run)) if missing else (lambda: [run(twin, batch) for batch in seen])
+        called = execution_order(twin, whole)
+    check_called(called, list(named_quantized_layers(pl_module)))
+    copies = dict(twin.named_modules())
+    for path in missing:
+        source, target = (cast(nn.Module, m.input_quantizer) for m in (copies[path], pl_module.get_submodule(path)))
+        target.load_state_dict(source.state_dict())
+    return order
+
+
+def reestimate_on_training_batches(trainer: Any, pl_module: Any, count: int, forward: Forward | None) -> None:
+    """Batch-norm statistics of the hard network, from a copy.
+
+    Args:
+        trainer: of a running fit.
+        pl_module: the module; only its batch norms change.
+        count: batches to look at.
+        forward: the user's way to run the module on a batch, or None.
+    """
+    twin, run = shadow(trainer, pl_module, forward)
+    with training_batches(trainer, count) as batches:
+        reestimate_batch_norm(twin, batches, run)
+    copies = dict(twin.named_modules())
+    for path, module in pl_module.named_modules():
+        if isinstance(module, BATCH_NORMS):
+            module.load_state_dict(copies[path].state_dict())
