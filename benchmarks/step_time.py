@@ -9,7 +9,7 @@ Writes benchmarks/results/step_time.csv (or step_time_compile.csv, step_memory.c
 
 import argparse
 import csv
-import resource
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +78,7 @@ def time_steps(options: argparse.Namespace) -> None:
 def write(name: str, rows: list[list[str]], options: argparse.Namespace) -> None:
     header = ["network", "variant", "ratio", "lower quartile", "upper quartile", "float ms", "threads", "rounds"]
     if "memory" in name:
-        header = ["network", "variant", "MB above the idle process", "ratio to float", "threads"]
+        header = ["network", "variant", "MB in a step above between steps", "ratio to float", "threads"]
     with (RESULTS / name).open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -87,7 +87,7 @@ def write(name: str, rows: list[list[str]], options: argparse.Namespace) -> None
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Peak resident memory of three steps above that of the built network."""
+    """Peak resident memory of a step above that between steps."""
     rows = []
     for network in NETWORKS:
         base = 0.0
@@ -102,10 +102,18 @@ def memory(options: argparse.Namespace) -> None:
 
 def child(network: str, variant: str) -> None:
     step = stepper(network, variant, False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
-        step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    step()  # gradients and momentum stay; they are not what a step needs for itself
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    step()
+    print((resident("VmHWM") - before) / 1024)
+
+
+def resident(field: str) -> int:
+    """Resident memory of this process in kilobytes, now (VmRSS) or at its peak (VmHWM); Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

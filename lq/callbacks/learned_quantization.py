@@ -200,9 +200,11 @@ class LearnedQuantization(Callback):
             gradients = torch.autograd.grad(value, params, allow_unused=True)
         factor = strength * loss_scale(trainer, optimizer)
         for parameter, gradient in zip(params, gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient.to(parameter.dtype) * factor
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(gradient.to(parameter.grad.dtype), alpha=factor)
         self._regularizer = value.detach()
 
     def on_train_batch_end(

@@ -109,6 +109,12 @@ def test_objects_are_built_from_the_configuration(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("mlflow*"))
 
 
+def test_the_baseline_comes_without_our_regularizer():
+    assert composed("quantizer=lsq").schedule.regularizer is None
+    assert composed("quantizer=lsq", "schedule=anneal").schedule.regularizer == "nearest"
+    assert composed().schedule.regularizer == "nearest"
+
+
 def test_bad_values_are_refused_by_what_they_configure():
     with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 12"):
         build(composed("quantizer.bits=12", "logger=csv"))

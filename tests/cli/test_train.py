@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 import lq as package
 from lq.classifier import Classifier
-from lq.exporting import save_codes
 from tests.helpers.commands import QUICK, lq
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -75,21 +74,6 @@ def test_stored_codes_and_scales_give_the_weights_of_the_best_network(finished):
     for path, codes in layers.items():
         stored = (tensors[f"{path}.codes"].float() + codes["offset"]) * tensors[f"{path}.scale"]
         assert torch.equal(stored, module.get_submodule(path).quantized_weight())
-
-
-def test_codes_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    package.quantize_model(model)
-
-    def fail(*_args, **_kwargs):
-        raise OSError("disk full")
-
-    save_codes(model, tmp_path / "codes.safetensors")
-    before = (tmp_path / "codes.safetensors").read_bytes()
-    monkeypatch.setattr("lq.exporting.codes.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_codes(model, tmp_path / "codes.safetensors")
-    assert (tmp_path / "codes.safetensors").read_bytes() == before
 
 
 def test_a_run_resumes_from_its_last_checkpoint(finished):

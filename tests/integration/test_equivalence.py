@@ -97,7 +97,7 @@ def test_the_default_gradients_and_widths_equal_training_by_hand(monkeypatch):
     module, hand = Plain(copy.deepcopy(net), optimizer=SGD), ByHand(by_hand_net(net, batches, 8), optimizer=SGD)
     fit(module, [lq.LearnedQuantization(**defaults)])
     fit(hand)
-    assert distance(weights_of(module), weights_of(hand)) < 1e-4
+    assert distance(weights_of(module), weights_of(hand)) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,12 @@ TEXT = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
+def test_no_result_is_left_to_be_filled_in():
+    assert "RESULTS_" not in TEXT
+    for recipe in (Path(__file__).parents[2] / "recipes").glob("*.yaml"):
+        assert "to be measured" not in recipe.read_text()
+
+
 def test_there_are_blocks_to_run():
     assert len(BLOCKS) == 3
 
