@@ -23,6 +23,7 @@ __all__ = [
     "check_optimizers",
     "check_same_spec",
     "check_stepped",
+    "warn_of_late_averaging",
 ]
 
 CLIPPED_LIMIT = 0.99
@@ -101,6 +102,24 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modu
     if len(missing) == sum(p.requires_grad for p in scale_parameters(model)):
         raise ValueError(f"the optimizer must hold the learned scales, got none of them ({missing[0]}, ...): {fix}")
     rank_zero_warn(f"{len(missing)} learned scales are in no optimizer and stay fixed ({missing[0]}, ...): {fix}")
+
+
+def warn_of_late_averaging(callbacks: Sequence[Any]) -> None:
+    """Say that validation means nothing before an average has started: until then it is the start network.
+
+    Args:
+        callbacks: of the trainer.
+
+    Warns:
+        UserWarning: for an averaging callback with a late start.
+    """
+    for other in callbacks:
+        late = [n for n in ("update_starting_at_step", "update_starting_at_epoch") if getattr(other, n, None)]
+        if isinstance(other, WeightAveraging) and late:
+            rank_zero_warn(
+                f"{type(other).__name__}({late[0]}=...) validates the start network, not yet calibrated, until its "
+                "average starts: do not monitor those validations, or leave the start at 0"
+            )
 
 
 def check_called(called: Sequence[str], quantized: Sequence[str]) -> None:

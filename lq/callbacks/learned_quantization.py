@@ -18,6 +18,7 @@ from lq.callbacks.guards import (
     check_optimizers,
     check_same_spec,
     check_stepped,
+    warn_of_late_averaging,
 )
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
 from lq.callbacks.tracker import QuantizationTracker
@@ -101,6 +102,7 @@ class LearnedQuantization(Callback):
         check_averaging_order(trainer.callbacks, self)  # pyright: ignore[reportAttributeAccessIssue]
         self._started = False
         if stage == "fit":
+            warn_of_late_averaging(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
             self.annealing = Annealing(self.anneal)
             self.tracker.restart()
             self._regularizer = self._loss = None
@@ -133,7 +135,7 @@ class LearnedQuantization(Callback):
             check_same_spec([p.found for p in plan.layers], self.spec)  # swapped in an earlier stage, or loaded
             self.report = self.report or swap_report(plan)
             return
-        example = pl_module.example_input_array
+        example, self._order = pl_module.example_input_array, None
         if example is not None:
             self._order = execution_order(pl_module, lambda: run_example(pl_module, example))
         self.report = apply_plan(pl_module, make_plan(pl_module, self.spec, self._order))

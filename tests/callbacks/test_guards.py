@@ -19,11 +19,20 @@ def test_averaging_before_quantization_is_refused_with_the_order_to_write(other)
 
 
 def test_averaging_after_quantization_averages_the_scales():
-    module = Plain()
-    averaging = EMAWeightAveraging(decay=0.5)
-    fit(module, [lq.LearnedQuantization(bits=3), averaging])
-    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+    class Remembering(Plain):
+        def on_train_batch_end(self, *_):
+            self.last = self.net[2].weight_quantizer.scale.detach().clone()
+
+    module = Remembering()
+    fit(module, [lq.LearnedQuantization(bits=3), EMAWeightAveraging(decay=0.9)])
+    assert not torch.equal(module.net[2].weight_quantizer.scale, module.last)
     assert all(layer.input_quantizer.is_calibrated for layer in named_quantized_layers(module).values())
+
+
+def test_an_average_that_starts_late_is_warned_of():
+    late = EMAWeightAveraging(decay=0.9, update_starting_at_step=5)
+    with pytest.warns(UserWarning, match=r"EMAWeightAveraging\(update_starting_at_step=...\) validates the start"):
+        fit(Plain(), [lq.LearnedQuantization(), late])
 
 
 @pytest.mark.parametrize(
