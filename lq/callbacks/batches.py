@@ -94,9 +94,8 @@ def _copied(source: Any, shared: Any) -> Any:
 
 def _on_device(trainer: Any, batch: Any) -> Any:
     """What the training loop does to a batch before training_step."""
-    owner = (
-        trainer.datamodule if overrides(trainer.datamodule, "on_before_batch_transfer") else trainer.lightning_module
-    )
+    data = trainer.datamodule
+    owner = data if overrides(data, "on_before_batch_transfer") else trainer.lightning_module
     batch = owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 

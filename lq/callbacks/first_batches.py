@@ -40,9 +40,9 @@ def calibrate_on_training_batches(
     missing = uncalibrated_layers(pl_module)
     with training_batches(trainer, count) as batches, torch.no_grad():
         seen = list(batches)
-        called = execution_order(twin, lambda: [run(twin, batch) for batch in seen[:1]])
         if order is None:
-            order = [path for path in called if path in named_quantized_layers(pl_module)]
+            first = execution_order(twin, lambda: [run(twin, batch) for batch in seen[:1]])
+            order = [path for path in first if path in named_quantized_layers(pl_module)]
             reassign_ends(pl_module, spec, order)
             set_widths(twin, layer_specs(pl_module))  # before the scales are set, which depend on the widths
         whole = (lambda: calibrate(twin, seen, run)) if missing else (lambda: [run(twin, batch) for batch in seen])

@@ -213,10 +213,10 @@ class LearnedQuantization(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the step, check for collapse, log when due."""
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        returned = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        loss = self._loss = returned if isinstance(returned, torch.Tensor) else None
         due = self._stepped and self.tracker.due(trainer, self.annealing.step + 1)
-        self._loss = loss if isinstance(loss, torch.Tensor) else None
-        if isinstance(loss, torch.Tensor) and (due or loss.device.type == "cpu" or trainer.is_last_batch):
+        if loss is not None and (due or loss.device.type == "cpu" or trainer.is_last_batch):
             check_loss(loss, self.annealing.step, ())
         if not self._stepped:
             return
@@ -227,7 +227,7 @@ class LearnedQuantization(Callback):
         extra = {metric("slope"): slope}
         if self._regularizer is not None:
             extra[metric("regularizer")] = float(self._regularizer)
-        if isinstance(loss, torch.Tensor):
+        if loss is not None:
             # Lightning hands over the loss divided by the batches that it accumulates over
             task = float(loss) * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
             extra[metric("loss_total")] = task + strength * extra.get(metric("regularizer"), 0.0)

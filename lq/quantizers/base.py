@@ -1,7 +1,6 @@
 """What all uniform quantizers share: a learned scale, a code range, and hard quantization whenever not training."""
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,7 @@ class Quantizer(nn.Module):
         if self.training:
             y = self.fake_quantize(view, scale, factor)
         else:
-            y = lsq_quantize(view, scale, gradient_scale=factor, **self._range())
+            y = lsq_quantize(view, scale, gradient_scale=factor, **self.codes._asdict())
         return y.reshape(x.shape).to(x.dtype)
 
     def hard(self, x: Tensor) -> Tensor:
@@ -88,7 +87,7 @@ class Quantizer(nn.Module):
             Levels, shape and dtype of ``x``.
         """
         view, scale = self._prepare(x)
-        return hard_quantize(view, positive(scale), **self._range()).reshape(x.shape).to(x.dtype)
+        return hard_quantize(view, positive(scale), **self.codes._asdict()).reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class Quantizer(nn.Module):
         """
         view, scale = self._prepare(x)
         dtype = torch.uint8 if self.codes.lo >= 0 else torch.int8
-        return quantize(view, positive(scale), **self._range()).to(dtype).reshape(x.shape)
+        return quantize(view, positive(scale), **self.codes._asdict()).to(dtype).reshape(x.shape)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -158,7 +157,7 @@ class Quantizer(nn.Module):
         view, scale = self._prepare(x)
         if on == "quantized":
             view = self.fake_quantize(view, scale if scale_gradient else scale.detach(), 1.0)
-        return level_regularizer(view, scale, kind=kind, scale_gradient=scale_gradient, **self._range())
+        return level_regularizer(view, scale, kind=kind, scale_gradient=scale_gradient, **self.codes._asdict())
 
     @torch.no_grad()
     def statistics(self, x: Tensor, *, soft: bool = False, power: int = 2) -> LevelStatistics:
@@ -176,9 +175,6 @@ class Quantizer(nn.Module):
         if soft:
             view = self.fake_quantize(view, scale, 1.0)
         return level_statistics(view, positive(scale), self.codes, power)
-
-    def _range(self) -> dict[str, Any]:
-        return {"lo": self.codes.lo, "hi": self.codes.hi, "offset": self.codes.offset}
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor in the layout's view, in at least float32, and the scale broadcastable to it."""

@@ -11,15 +11,11 @@ from tests.helpers import numpy_reference
 RANGES = [CodeRange(-1, 1, 0.0), CodeRange(-7, 7, 0.0), CodeRange(-8, 7, 0.5), CodeRange(0, 15, 0.0)]
 
 
-def kwargs(codes):
-    return {"lo": codes.lo, "hi": codes.hi, "offset": codes.offset}
-
-
 @settings(max_examples=60, deadline=None)
 @given(codes=st.sampled_from(RANGES), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 999))
 def test_nearest_level_of_all(codes, scale, seed):
     x = np.random.default_rng(seed).normal(0, 4 * scale, 300)
-    y = hard_quantize(torch.from_numpy(x), torch.tensor([scale], dtype=torch.double), **kwargs(codes))
+    y = hard_quantize(torch.from_numpy(x), torch.tensor([scale], dtype=torch.double), **codes._asdict())
     np.testing.assert_allclose(y, numpy_reference.hard(x, scale, *codes), rtol=1e-12)
 
 
@@ -28,12 +24,12 @@ def test_nearest_level_of_all(codes, scale, seed):
 def test_codes_give_back_the_very_value(codes, scale, seed):
     x = torch.from_numpy(np.random.default_rng(seed).normal(0, 4 * scale, 300).astype(np.float32))
     s = torch.tensor([scale])
-    stored = quantize(x, s, **kwargs(codes)).to(torch.int16)
+    stored = quantize(x, s, **codes._asdict()).to(torch.int16)
     assert stored.min() >= codes.lo
     assert stored.max() <= codes.hi
-    value = hard_quantize(x, s, **kwargs(codes))
+    value = hard_quantize(x, s, **codes._asdict())
     assert torch.equal(dequantize(stored, s, offset=codes.offset), value)
-    assert torch.equal(hard_quantize(value, s, **kwargs(codes)), value)  # levels are fixed points
+    assert torch.equal(hard_quantize(value, s, **codes._asdict()), value)  # levels are fixed points
 
 
 @pytest.mark.parametrize("codes", RANGES)
@@ -42,7 +38,7 @@ def test_lsq_equals_the_published_gradients(codes, shape):
     x = (torch.randn(6, 400, dtype=torch.double) * 4).requires_grad_()
     s = (torch.rand(shape, dtype=torch.double) + 0.2).requires_grad_()
     upstream = torch.randn_like(x)
-    y = lsq_quantize(x, s, gradient_scale=0.25, **kwargs(codes))
+    y = lsq_quantize(x, s, gradient_scale=0.25, **codes._asdict())
     y.backward(upstream)
     v = (x / s - codes.offset).detach()
     inside = (v >= codes.lo) & (v <= codes.hi)

@@ -13,10 +13,6 @@ from tests.helpers import numpy_reference
 RANGES = [CodeRange(-1, 1, 0.0), CodeRange(-7, 7, 0.0), CodeRange(-2, 1, 0.5), CodeRange(0, 15, 0.0)]
 
 
-def kwargs(codes):
-    return {"lo": codes.lo, "hi": codes.hi, "offset": codes.offset}
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     codes=st.sampled_from(RANGES),
@@ -33,7 +29,7 @@ def test_equals_numpy_reference(codes, staircase, slope, scale, seed):
         torch.tensor([scale], dtype=torch.double),
         torch.tensor([slope], dtype=torch.double),
         staircase=staircase,
-        **kwargs(codes),
+        **codes._asdict(),
     )
     value, derivative = numpy_reference.soft_staircase(x, scale, slope, *codes, g=staircase)
     np.testing.assert_allclose(y.detach(), value, atol=1e-9 * scale)
@@ -46,7 +42,7 @@ def test_equals_numpy_reference(codes, staircase, slope, scale, seed):
 @pytest.mark.parametrize("slope", [0.0, 0.01, 0.05, 0.1, 1.0, 8.0, 100.0])
 def test_float32_stays_near_the_reference_at_every_slope(codes, slope):
     x = np.random.default_rng(0).normal(0, 2, 3000).astype(np.float32)
-    y = soft_staircase(torch.from_numpy(x), torch.tensor([0.5]), torch.tensor([slope]), **kwargs(codes))
+    y = soft_staircase(torch.from_numpy(x), torch.tensor([0.5]), torch.tensor([slope]), **codes._asdict())
     value, _ = numpy_reference.soft_staircase(x.astype(np.float64), 0.5, slope, *codes)
     assert np.abs(y.numpy() - value).max() < 2e-5
 
@@ -58,7 +54,9 @@ def test_gradcheck(staircase, codes, shape):
     x = torch.randn(4, 3, 5, dtype=torch.double, requires_grad=True)
     s = (torch.rand(shape, dtype=torch.double) * 0.3 + 0.4).requires_grad_()
     k = torch.tensor([2.5], dtype=torch.double)
-    assert torch.autograd.gradcheck(lambda x, s: soft_staircase(x, s, k, staircase=staircase, **kwargs(codes)), (x, s))
+    assert torch.autograd.gradcheck(
+        lambda x, s: soft_staircase(x, s, k, staircase=staircase, **codes._asdict()), (x, s)
+    )
 
 
 @pytest.mark.parametrize("staircase", STAIRCASES)
@@ -67,7 +65,7 @@ def test_passes_through_every_level_at_every_slope(staircase, codes):
     s = torch.tensor([0.3], dtype=torch.double)
     levels = level_values(codes, s)
     for k in (0.0, 0.5, 3.0, 40.0):
-        y = soft_staircase(levels, s, torch.tensor([k]), staircase=staircase, **kwargs(codes))
+        y = soft_staircase(levels, s, torch.tensor([k]), staircase=staircase, **codes._asdict())
         torch.testing.assert_close(y, levels, atol=1e-12, rtol=0)
 
 
@@ -77,11 +75,11 @@ def test_limits_are_identity_and_rounding(staircase, codes):
     s = torch.tensor([0.3], dtype=torch.double)
     levels = level_values(codes, s)
     x = torch.linspace(levels[0].item(), levels[-1].item(), 501, dtype=torch.double)
-    flat = soft_staircase(x, s, torch.tensor([0.0]), staircase=staircase, **kwargs(codes))
+    flat = soft_staircase(x, s, torch.tensor([0.0]), staircase=staircase, **codes._asdict())
     torch.testing.assert_close(flat, x, atol=1e-7, rtol=0)
-    steep = soft_staircase(x, s, torch.tensor([1e7]), staircase=staircase, **kwargs(codes))
+    steep = soft_staircase(x, s, torch.tensor([1e7]), staircase=staircase, **codes._asdict())
     away = ((x / s - codes.offset) % 1 - 0.5).abs() > 1e-3  # a tie has two nearest levels
-    torch.testing.assert_close(steep[away], hard_quantize(x, s, **kwargs(codes))[away], atol=1e-4, rtol=0)
+    torch.testing.assert_close(steep[away], hard_quantize(x, s, **codes._asdict())[away], atol=1e-4, rtol=0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -89,7 +87,7 @@ def test_limits_are_identity_and_rounding(staircase, codes):
 def test_is_continuous_and_rising(slope, codes, staircase):
     x = torch.linspace(-4, 8, 20001, dtype=torch.double)
     s = torch.tensor([0.5], dtype=torch.double)
-    y = soft_staircase(x, s, torch.tensor([slope]), staircase=staircase, **kwargs(codes))
+    y = soft_staircase(x, s, torch.tensor([slope]), staircase=staircase, **codes._asdict())
     jumps = y.diff()
     assert jumps.min() >= -1e-9
     assert jumps.max() <= 6.01e-4 * (1 + slope)  # Lipschitz with constant k g'(0) / (2 g(k/2))

@@ -51,7 +51,7 @@ def distance(a: dict, b: dict) -> float:
     return (sum((a[k] - b[k]).square().sum() for k in a) ** 0.5).item()
 
 
-def train(mode: dict, module, callbacks, scaled_precision: bool = True) -> dict:
+def train(mode: dict, module, callbacks) -> dict:
     trainer = dict(mode.get("trainer", {}))
     if "plugins" in mode:
         trainer["plugins"] = mode["plugins"]()
