@@ -124,3 +124,20 @@ class ScaleLayout(NamedTuple):
             return x.reshape(1, -1)
         others = [i for i in range(len(self.shape)) if i not in self.axes]
         return x.reshape(self.shape).permute(*self.axes, *others).reshape(self.scales, -1)
+
+    def unrows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """Inverse of `rows`.
+
+        Args:
+            rows: shape ``(scales, N)``.
+            shape: of the tensor that the rows were made from.
+
+        Returns:
+            Tensor of that shape.
+        """
+        if self.shape is None:
+            return rows.reshape(tuple(shape))
+        others = [i for i in range(len(self.shape)) if i not in self.axes]
+        order = [*self.axes, *others]
+        values = rows.reshape([self.shape[i] for i in order])
+        return values.permute([order.index(i) for i in range(len(order))]).reshape(tuple(shape))
