@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lq.calibration import calibrate, reestimate_batch_norm
     from lq.callbacks import HoldAtAlignment, HoldAtStep, HoldOnPlateau, LearnedQuantization, QuantizationTracker
     from lq.checkpoints import load_from_checkpoint
+    from lq.functional import SubsetResult, search_subset, two_word_candidates
     from lq.network import network_size, parameter_groups, scale_regularizer, set_slope
     from lq.spec import QuantSpec
     from lq.surgery import SwapReport, dequantize_model, quantize_model
@@ -22,6 +23,9 @@ _NAMES = {
     "LearnedQuantization": "lq.callbacks",
     "QuantizationTracker": "lq.callbacks",
     "load_from_checkpoint": "lq.checkpoints",
+    "SubsetResult": "lq.functional",
+    "search_subset": "lq.functional",
+    "two_word_candidates": "lq.functional",
     "network_size": "lq.network",
     "parameter_groups": "lq.network",
     "scale_regularizer": "lq.network",
@@ -40,6 +44,7 @@ __all__ = [
     "LearnedQuantization",
     "QuantSpec",
     "QuantizationTracker",
+    "SubsetResult",
     "SwapReport",
     "calibrate",
     "callbacks",
@@ -55,7 +60,9 @@ __all__ = [
     "quantizers",
     "reestimate_batch_norm",
     "scale_regularizer",
+    "search_subset",
     "set_slope",
+    "two_word_candidates",
 ]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lq.functional.statistics import LevelStatistics
 from lq.nn import QuantLayer, named_quantized_layers, weight_key
-from lq.quantizers import Quantizer
+from lq.quantizers import PointQuantizer, Quantizer
 
 __all__ = [
     "NetworkSize",
@@ -164,7 +164,7 @@ class NetworkSize:
     Args:
         weights: number of weights in quantized layers.
         float_bytes: their size in float32.
-        packed_bytes: their size as packed codes of the layers' widths, plus float32 scales.
+        packed_bytes: their size as packed codes of the layers' widths, plus float32 scales and points.
         rest_bytes: everything else in the model that is a parameter, at its own width, scales excepted.
     """
 
@@ -202,6 +202,8 @@ def network_size(model: nn.Module) -> NetworkSize:
         counted.add(id(weight))
         codes = layer.weight_quantizer.codes
         weights += weight.numel()
-        packed += -(-weight.numel() * codes.bits // 8) + 4 * layer.weight_quantizer.scale.numel()
+        quantizer = layer.weight_quantizer
+        tables = quantizer.scale.numel() + (quantizer.points.numel() if isinstance(quantizer, PointQuantizer) else 0)
+        packed += -(-weight.numel() * codes.bits // 8) + 4 * tables
     rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in counted)
     return NetworkSize(weights, 4 * weights, packed, rest)

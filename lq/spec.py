@@ -5,16 +5,19 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lq.functional.candidates import choices
 from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange, code_range
 from lq.functional.scale import SCALE_INITS
 from lq.functional.soft import STAIRCASES
 
-__all__ = ["ACTIVATIONS", "FORWARDS", "GRANULARITIES", "LayerSpec", "QuantSpec", "matches"]
+__all__ = ["ACTIVATIONS", "FORWARDS", "GRANULARITIES", "POINT_QUANTIZERS", "LayerSpec", "QuantSpec", "matches"]
 
 ACTIVATIONS = ("auto", "signed", "unsigned", None)
 FORWARDS = ("soft", "hard")
 GRANULARITIES = ("tensor", "channel")
 SCALE_GRADIENTS = ("straight_through", "exact")
+POINT_QUANTIZERS = ("subset", "codebook")
+ACTIVATION_LEVELS = ("uniform", "subset")
 
 
 def _require(name: str, value: Any, allowed: Sequence[Any], fix: str = "choose one of those") -> None:
@@ -39,7 +42,8 @@ class LayerSpec:
         levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, even for mid_rise.
         grid: "mid_tread" (zero is a level) or "mid_rise" (levels at +-s/2, +-3s/2, ...), for weights.
         granularity: one weight scale per "tensor" or per output "channel".
-        quantizer: name of the method: "soft" (annealed soft staircase) or "lsq" (hard, straight-through).
+        quantizer: name of the method: "soft" (annealed soft staircase), "lsq" (hard, straight-through), "subset" (the
+            staircase onto the best subset of candidates) or "codebook" (onto free levels).
         forward: what training sees of the weights: "soft", or "hard" (rounded, with the staircase's derivative).
         activation_forward: "hard" (rounded, straight-through gradient) or "soft" (the staircase) for activations.
         scale_init: first scales from data: "mse", "lsq", "max" or "percentile".
@@ -48,6 +52,16 @@ class LayerSpec:
         gradient_scale: whether gradients of scales are multiplied by LSQ's 1/sqrt(N Q).
         scale_gradient: gradient of a scale through the staircase: "straight_through", or "exact", whose spread grows
             with the number of levels.
+        candidates: of "subset": "one_word", "two_words", "three_words", "apot", "log2", "uniform", "mid_rise", or a
+            list of magnitudes.
+        words: of "subset": see that every candidate is a sum of at most so many powers of two; null does not.
+        power: of the quantization loss that "subset" and "codebook" minimise, 2 or 4.
+        zero: of "subset": true makes zero a level, false keeps it out, null leaves it to the search.
+        signed_points: choose 2**bits points with their signs in place of 2**(bits-1) magnitudes and a sign bit.
+        points_per: one set of points per "tensor" (a decoder table per layer) or per output "channel", where scales are
+            per channel.
+        activation_levels: of "subset": levels of the input are "uniform" or a "subset" of activation_candidates.
+        activation_candidates: as candidates, for the input.
 
     Raises:
         ValueError: naming the field, the value got, the values allowed and the fix.
@@ -70,6 +84,14 @@ class LayerSpec:
     slope_backward_max: float | None = 4.0
     gradient_scale: bool = True
     scale_gradient: str = "straight_through"
+    candidates: Any = "two_words"
+    words: int | None = None
+    power: int = 2
+    zero: bool | None = None
+    signed_points: bool = False
+    points_per: str = "tensor"
+    activation_levels: str = "uniform"
+    activation_candidates: Any = "three_words"
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -88,6 +110,17 @@ class LayerSpec:
                 f"slope_backward_max must be positive or None, got {self.slope_backward_max!r}: use None for no cap"
             )
         code_range(self.bits, levels=self.levels, grid=self.grid)
+        _require("power", self.power, (2, 4))
+        _require("points_per", self.points_per, GRANULARITIES)
+        _require("activation_levels", self.activation_levels, ACTIVATION_LEVELS)
+        for name in ("candidates", "activation_candidates"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, str) else tuple(float(v) for v in value))
+        if self.quantizer == "subset":
+            choices(self.candidates, self.bits, signed=self.signed_points, zero=self.zero, words=self.words)
+            if self.activation is not None and self.activation_levels == "subset":
+                signed = self.activation == "signed"  # as many as an unsigned input needs where that is not known yet
+                choices(self.activation_candidates, self.activation_codes(signed).bits + (not signed), words=self.words)
 
     @property
     def weight_codes(self) -> CodeRange:
@@ -124,6 +157,7 @@ class QuantSpec(LayerSpec):
 
     Args:
         first_last_bits: width of weights and activations in the first and last block, 2 to 8; null for no exception.
+            Where the others have points, these have uniform levels.
         include: globs on module paths ("layer1.*") or on class names ("type:Conv2d"); null for all layers.
         exclude: the same, for layers to leave in float.
         overrides: glob to fields that differ there: {"blocks.0.*": {"bits": 8}}; later globs win.
@@ -170,7 +204,8 @@ class QuantSpec(LayerSpec):
         """
         spec = self._plain()
         if first_or_last and self.first_last_bits is not None:
-            spec = replace(spec, bits=self.first_last_bits, activation_bits="same", levels=None)
+            uniform = {"quantizer": "lsq", "activation_levels": "uniform"} if spec.quantizer in POINT_QUANTIZERS else {}
+            spec = replace(spec, bits=self.first_last_bits, activation_bits="same", levels=None, **uniform)
         for pattern, changes in self.overrides.items():
             if matches(pattern, path, class_names):
                 widened = {"levels": None} if "bits" in changes else {}

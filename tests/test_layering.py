@@ -55,7 +55,15 @@ def test_mathematics_knows_torch_alone():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert {n.split(".")[0] for n in names} <= {"torch", "lq", "math", "typing", "collections"}, path
+            assert {n.split(".")[0] for n in names} <= {
+                "torch",
+                "lq",
+                "math",
+                "typing",
+                "collections",
+                "functools",
+                "itertools",
+            }, path
 
 
 def test_house_rules_on_size():

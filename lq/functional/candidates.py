@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CANDIDATE_SETS", "candidate_points", "powers_of_two", "two_word_candidates", "word_candidates"]
+__all__ = ["CANDIDATE_SETS", "candidate_points", "choices", "powers_of_two", "two_word_candidates", "word_candidates"]
 
 ONE_WORD = ((1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 0),)
 TWO_WORDS = ((1, 1 / 2, 1 / 8, 0), (1, 1 / 4, 1 / 16, 0))
@@ -126,9 +126,7 @@ def _apot_words(bits: int) -> list[tuple[float, ...]]:
         return [(0, 1)]
     pairs, odd = divmod(bits, 2)
     last = 2 * pairs + odd  # exponents before the last entry of the first word
-    words: list[tuple[float, ...]] = [
-        (0, 2.0**-k, 2.0 ** -(pairs + k), 2.0 ** -(last + k)) for k in range(pairs)
-    ]
+    words: list[tuple[float, ...]] = [(0, 2.0**-k, 2.0 ** -(pairs + k), 2.0 ** -(last + k)) for k in range(pairs)]
     return [*words, (0, 2.0 ** (1 - last))] if odd else words
 
 
@@ -147,6 +145,50 @@ def powers_of_two(value: float) -> tuple[int, ...]:
     mantissa, denominator = float(value).as_integer_ratio()
     shift = denominator.bit_length() - 1
     return tuple(bit - shift for bit in range(mantissa.bit_length() - 1, -1, -1) if mantissa >> bit & 1)
+
+
+def choices(
+    candidates: str | Sequence[float] | Tensor | None,
+    bits: int,
+    *,
+    signed: bool = False,
+    zero: bool | None = None,
+    words: int | None = None,
+) -> Tensor:
+    """All points that a subset may be chosen from, checked against the number that will be.
+
+    Args:
+        candidates: see `candidate_points`.
+        bits: width of a code: 2^(b-1) magnitudes will be chosen, or 2^b points where ``signed``.
+        signed: whether the negatives of the candidates are points of their own.
+        zero: True requires a zero among them, False leaves it out.
+        words: see that each is a sum of at most so many powers of two; None does not.
+
+    Returns:
+        Ascending points, float64.
+
+    Raises:
+        ValueError: for candidates that do not fit, or fewer of them than points.
+
+    >>> choices([0.0, 0.5, 1.0], 2, signed=True, zero=False)
+    tensor([-1.0000, -0.5000,  0.5000,  1.0000], dtype=torch.float64)
+    """
+    points = candidate_points(candidates, bits, signed=signed)
+    if words is not None:
+        check_words(points, words)
+    if zero is True and not bool((points == 0).any()):
+        raise ValueError(f"candidates must hold 0 where zero=True, got {points.tolist()}: add 0, or leave zero=None")
+    if zero is False:
+        points = points[points > 0]
+    if signed:
+        points = torch.cat([-points.flip(0), points]).unique()
+    count = 2**bits if signed else 2 ** (bits - 1)
+    if points.numel() < count:
+        raise ValueError(
+            f"candidates must be at least as many as the points chosen, got {points.numel()} for {count} points of "
+            f"{bits} bits{' with signs' if signed else ''}: lower bits, or choose a larger set such as 'three_words'"
+        )
+    return points
 
 
 def check_words(points: Tensor, words: int) -> None:

@@ -4,6 +4,8 @@ They are what a subset of candidates is measured against: no levels of the same 
 (p = 2), or lose noticeably less (p = 4).
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,8 @@ def codebook_rows(x: Tensor, h: Tensor | None, count: int, power: int) -> tuple[
         h = torch.where(h.sum(1, keepdim=True) > 0, h, torch.ones_like(h))
     if x.shape[1] <= count:
         values = x.double().sort(dim=1).values
-        return torch.nn.functional.pad(values, (0, count - x.shape[1]), value=0).sort(1).values, values.new_zeros(len(x))
+        levels = torch.nn.functional.pad(values, (0, count - x.shape[1]))
+        return levels.sort(dim=1).values, values.new_zeros(len(x))
     if power == 2:
         levels = _least_squares(x, h, count)
     else:
@@ -148,9 +151,7 @@ def _add_cluster(prefix: _Prefix, least: Tensor, base: Tensor) -> tuple[Tensor, 
     return new, step
 
 
-def _fill(
-    prefix: _Prefix, least: Tensor, new: Tensor, step: Tensor, here: Tensor, first: Tensor, last: Tensor
-) -> None:
+def _fill(prefix: _Prefix, least: Tensor, new: Tensor, step: Tensor, here: Tensor, first: Tensor, last: Tensor) -> None:
     """For each element in ``here`` try all starts ``first..last`` of the last cluster."""
     lengths = torch.minimum(last, here) - first + 1
     ends = lengths.cumsum(0)
@@ -196,7 +197,7 @@ def _fourth_power(rows: SortedRows, count: int) -> Tensor:
         cuts = [0, *cuts[::-1]] if len(cuts) == count else cuts[::-1]
         table = torch.zeros_like(cost)
         table[i, j + 1] = mean
-        levels[c] = torch.stack([table[a, b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]) + middle
+        levels[c] = torch.stack([table[a, b] for a, b in pairwise(cuts)]) + middle
     return _alternate(rows, levels.sort(dim=1).values)
 
 

@@ -1,8 +1,8 @@
 """Sums of powers over any range of sorted rows, in constant time and without cancellation.
 
-Prefix sums of ``x^4`` about the origin lose all digits where many narrow ranges are cut from many weights. Here a row is
-sorted once and cut into segments; sums are kept at the borders of small blocks, about the centre of their segment, and
-what lies between a border and a cut is summed directly.
+Prefix sums of ``x^4`` about the origin lose all digits where many narrow ranges are cut from many weights. Here a row
+is sorted once and cut into segments; sums are kept at the borders of small blocks, about the centre of their segment,
+and what lies between a border and a cut is summed directly.
 """
 
 import math

@@ -29,7 +29,7 @@ class PointProblem(NamedTuple):
         borders: shape ``(R,)``.
         centres: of the ``R + 1`` bins.
         costs: matrix from the bins' sums of powers to losses: rows are ``(start j, end j, pair i < j)`` with pairs
-            ordered by j; columns are power, then bin.
+            ordered by j; columns are power, then bin. One row, their sum, where there is nothing to choose.
         power: p.
     """
 
@@ -44,7 +44,7 @@ class PointProblem(NamedTuple):
         return PointProblem(*(t.to(device) for t in self[:4]), self.power)  # type: ignore[arg-type]
 
 
-def point_problem(points: Tensor, power: int, zero: bool | None = None) -> PointProblem:
+def point_problem(points: Tensor, power: int, count: int, zero: bool | None = None) -> PointProblem:
     """Prepare the losses that the shortest path adds up::
 
         start j   sum over u < U_j of (u - U_j)^p                       end j   the same over u >= U_j
@@ -53,6 +53,7 @@ def point_problem(points: Tensor, power: int, zero: bool | None = None) -> Point
     Args:
         points: candidates, ascending, float64.
         power: 2 or 4.
+        count: K; where all candidates are chosen, one path alone is prepared.
         zero: True where zero must be among the chosen points.
 
     Returns:
@@ -62,7 +63,10 @@ def point_problem(points: Tensor, power: int, zero: bool | None = None) -> Point
         ValueError: for so many candidates that the table would not fit.
     """
     m = points.numel()
-    pairs = torch.tensor([(i, j) for j in range(m) for i in range(j)], dtype=torch.long).reshape(-1, 2)
+    every = count == m
+    pairs = (
+        torch.tensor([(i, j) for j in range(m) for i in range(j - 1 if every and j else 0, j)]).long().reshape(-1, 2)
+    )
     middles = (points[pairs[:, 0]] + points[pairs[:, 1]]) / 2
     borders = torch.cat([points, middles]).unique()
     entries = (2 * m + len(pairs)) * (power + 1) * (len(borders) + 1)
@@ -84,8 +88,10 @@ def point_problem(points: Tensor, power: int, zero: bool | None = None) -> Point
     right = ((bins > middle[:, None]) & (bins <= at[j, None]))[:, None]
     between = left * loss[i] + right * loss[j]
     costs = torch.cat([below * loss, ~below * loss, between]).flatten(1)
+    if every:
+        costs = torch.cat([costs[:1], costs[2 * m - 1 :]]).sum(0, keepdim=True)  # first start, last end, all pairs
     problem = PointProblem(points, borders, centres, costs, power)
-    return problem if zero is not True else _through_zero(problem, pairs)
+    return problem if every or zero is not True else _through_zero(problem, pairs)
 
 
 def _through_zero(problem: PointProblem, pairs: Tensor) -> PointProblem:
@@ -150,6 +156,8 @@ def best_value(problem: PointProblem, moments: Tensor, count: int) -> Tensor:
     Returns:
         Losses in units of ``a^p``, shape ``(C, A)``.
     """
+    if len(problem.costs) == 1:
+        return _losses(problem, moments)[0].clamp_min(0).view(moments.shape[2:])
     return _shortest(problem, moments, count)[0].view(moments.shape[2:])
 
 
@@ -164,6 +172,9 @@ def best_subset(problem: PointProblem, moments: Tensor, count: int) -> tuple[Ten
     Returns:
         Losses in units of ``a^p``, shape ``(C, A)``, and chosen candidates, ascending, shape ``(C, A, K)``.
     """
+    if len(problem.costs) == 1:
+        all_ = torch.arange(count, device=moments.device).expand(*moments.shape[2:], count)
+        return best_value(problem, moments, count), all_
     best, last, steps = _shortest(problem, moments, count, trace=True)
     chosen = [last]
     for step in reversed(steps):

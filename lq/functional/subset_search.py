@@ -1,25 +1,17 @@
 """Best subset of candidate points and best scale of a tensor, together: `search_subset`."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lq.functional.candidates import candidate_points
 from lq.functional.layout import ScaleLayout
 from lq.functional.levels import MAX_BITS, MIN_BITS
-from lq.functional.moments import SortedRows, sorted_moments
 from lq.functional.points import decode_points, encode_points
-from lq.functional.subset import PointProblem, best_subset, best_value, bin_moments, point_problem, refit
+from lq.functional.scale_search import candidate_problem, search_rows
 
-__all__ = ["SubsetResult", "scale_grid", "search_subset"]
-
-SMALLEST_FACTOR, LARGEST_FACTOR, FACTORS = 0.02, 4.0, 200
-_STARTS = 8
-_POLISH = 50
-_BATCH = 1 << 14  # pairs of channel and scale whose shortest paths are found together
+__all__ = ["SubsetResult", "search_subset"]
 
 
 class SubsetResult(NamedTuple):
@@ -61,24 +53,6 @@ class SubsetResult(NamedTuple):
         return layout.unrows(values, self.codes.shape)
 
 
-def scale_grid(factors: int = FACTORS, smallest: float = SMALLEST_FACTOR, largest: float = LARGEST_FACTOR) -> Tensor:
-    """Logarithmic grid of scales in units of ``max|w|`` over the largest candidate.
-
-    Args:
-        factors: how many, at least 2.
-        smallest: first factor.
-        largest: last factor.
-
-    Returns:
-        Shape ``(factors,)``, float64.
-
-    >>> scale_grid(3, 0.25, 4.0)
-    tensor([0.2500, 1.0000, 4.0000], dtype=torch.float64)
-    """
-    steps = torch.arange(factors, dtype=torch.float64) / (factors - 1)
-    return smallest * (largest / smallest) ** steps
-
-
 def search_subset(
     weight: Tensor,
     bits: int = 4,
@@ -95,7 +69,7 @@ def search_subset(
         minimise  sum h |w - a * nearest_S(w / a)|^p   over subsets S of K candidates and scales a > 0
 
     For a given scale the subset is the exact optimum over all ``C(m, K)`` subsets, found as a shortest path; scales are
-    tried on a grid, and subset and scale polished in turn from the best eight until nothing changes.
+    tried on a grid and on a finer one about its best, then subset and scale polished in turn until nothing changes.
 
     Args:
         weight: any shape, any floating point dtype, any device, finite.
@@ -122,7 +96,7 @@ def search_subset(
     ([-1.0, -0.5, 0.25, 1.0, 0.5], 0.0)
     """
     _check(weight, bits, power, importance, scales)
-    problem = _problem(candidates, bits, power, signed, zero)
+    problem = candidate_problem(candidates, bits, power=power, signed=signed, zero=zero)
     layout = _layout(weight.shape, channel_axis)
     x = layout.rows(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
     h = None
@@ -130,7 +104,7 @@ def search_subset(
         h = layout.rows(importance.detach().to(x.device).expand(weight.shape)).double()
         h = torch.where(h.sum(1, keepdim=True) > 0, h, torch.ones_like(h))
     count = 2**bits if signed else 2 ** (bits - 1)
-    points, scale = search_rows(x if signed else x.abs(), h, problem.to(x.device), count, scales)
+    points, scale, _ = search_rows(x if signed else x.abs(), h, problem.to(x.device), count, scales)
     scale = scale.to(x.dtype)
     points = points.to(x.dtype)
     codes = encode_points(x, points, scale, bits=bits, signed=signed)
@@ -146,89 +120,6 @@ def search_subset(
         signed=signed,
         channel_axis=channel_axis,
     )
-
-
-def search_rows(
-    x: Tensor, h: Tensor | None, problem: PointProblem, count: int, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Best points and scale of each row.
-
-    Args:
-        x: shape ``(C, N)``; magnitudes unless the points are signed.
-        h: importance, float64, shape of ``x``, or None.
-        problem: from `point_problem`.
-        count: K.
-        scales: scales to try, without polish; None for the grid and the polish.
-
-    Returns:
-        Points, float64 ``(C, K)``, and scales, float64 ``(C,)``, 0 for rows of zeros.
-    """
-    peak = x.abs().amax(dim=1).double()
-    base = torch.where(peak > 0, peak, torch.ones_like(peak)) / problem.points.abs().max()
-    if scales is None:
-        trials = base[:, None] * scale_grid().to(base)
-    else:
-        trials = scales.to(base).expand(len(base), -1)
-    height = max(1, _BATCH // trials.shape[1])
-    found = [
-        _search(
-            sorted_moments(x[i : i + height], None if h is None else h[i : i + height], problem.power),
-            problem,
-            count,
-            trials[i : i + height],
-            polish=scales is None,
-        )
-        for i in range(0, len(x), height)
-    ]
-    points, scale = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
-    return points, torch.where(peak > 0, scale, torch.zeros_like(scale))
-
-
-def _search(
-    rows: SortedRows, problem: PointProblem, count: int, trials: Tensor, polish: bool
-) -> tuple[Tensor, Tensor]:
-    value = best_value(problem, bin_moments(rows, problem, trials), count) * trials**problem.power
-    starts = min(_STARTS, trials.shape[1]) if polish else 1
-    scale = trials.gather(1, value.topk(starts, dim=1, largest=False).indices)
-    moments = bin_moments(rows, problem, scale)
-    loss, chosen = best_subset(problem, moments, count)
-    loss = loss * scale**problem.power
-    for _ in range(_POLISH if polish else 0):
-        trial = scale * refit(problem, moments, chosen)
-        moments = bin_moments(rows, problem, trial)
-        new_loss, new_chosen = best_subset(problem, moments, count)
-        new_loss = new_loss * trial**problem.power
-        better = new_loss < loss * (1 - 1e-10)
-        if not bool(better.any()):
-            break
-        scale, loss = torch.where(better, trial, scale), torch.where(better, new_loss, loss)
-        chosen = torch.where(better[..., None], new_chosen, chosen)
-    best = loss.argmin(dim=1, keepdim=True)
-    chosen = chosen.gather(1, best[..., None].expand(-1, -1, count))[:, 0]
-    return problem.points[chosen], scale.gather(1, best)[:, 0]
-
-
-def _problem(candidates: object, bits: int, power: int, signed: bool, zero: bool | None) -> PointProblem:
-    points = candidate_points(candidates, bits, signed=signed)  # type: ignore[arg-type]
-    has_zero = bool((points == 0).any())
-    if zero is True and not has_zero:
-        raise ValueError(f"candidates must hold 0 where zero=True, got {points.tolist()}: add 0, or leave zero=None")
-    if zero is False:
-        points = points[points > 0]
-    if signed:
-        points = torch.cat([-points.flip(0), points]).unique()
-    count = 2**bits if signed else 2 ** (bits - 1)
-    if points.numel() < count:
-        raise ValueError(
-            f"candidates must be at least as many as the points chosen, got {points.numel()} for {count} points of "
-            f"{bits} bits{' with signs' if signed else ''}: lower bits, or choose a larger set such as 'three_words'"
-        )
-    return _prepared(tuple(points.tolist()), power, zero)
-
-
-@lru_cache(maxsize=16)
-def _prepared(points: tuple[float, ...], power: int, zero: bool | None) -> PointProblem:
-    return point_problem(torch.tensor(points, dtype=torch.float64), power, zero)
 
 
 def _layout(shape: Sequence[int], channel_axis: int | None) -> ScaleLayout:
@@ -252,17 +143,18 @@ def _check(weight: Tensor, bits: int, power: int, importance: Tensor | None, sca
     if not bool((weight != 0).any()):
         raise ValueError("weight must not be all zero, got nothing to quantize: leave such a layer out")
     if importance is not None:
-        if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
-            raise ValueError("importance must be finite and not negative, got other values: square it, or clamp it")
-        try:
-            torch.broadcast_shapes(importance.shape, weight.shape)
-            fits = importance.dim() <= weight.dim()
-            importance.expand(weight.shape)
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"importance must broadcast to the weight's shape {tuple(weight.shape)}, got {tuple(importance.shape)}"
-            )
+        _check_importance(importance, weight)
     if scales is not None and (scales.dim() != 1 or not scales.numel() or not bool((scales > 0).all())):
         raise ValueError(f"scales must be positive and of shape (A,), got {scales!r}: pass a grid such as scale_grid()")
+
+
+def _check_importance(importance: Tensor, weight: Tensor) -> None:
+    if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
+        raise ValueError("importance must be finite and not negative, got other values: square it, or clamp it")
+    try:
+        importance.expand(weight.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"importance must broadcast to the weight's shape {tuple(weight.shape)}, got {tuple(importance.shape)}: "
+            "give it dimensions of size 1"
+        ) from error

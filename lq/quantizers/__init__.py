@@ -9,16 +9,21 @@ from lq.functional.levels import CodeRange
 from lq.quantizers.activation import ActivationQuantizer
 from lq.quantizers.base import Quantizer
 from lq.quantizers.lsq import LSQQuantizer
+from lq.quantizers.points import PointQuantizer
 from lq.quantizers.soft import SoftQuantizer
+from lq.quantizers.subset import CodebookQuantizer, InputSubsetQuantizer, SubsetQuantizer
 from lq.spec import LayerSpec
 
 __all__ = [
     "REGISTRY",
     "ActivationQuantizer",
+    "CodebookQuantizer",
     "LSQQuantizer",
     "Method",
+    "PointQuantizer",
     "Quantizer",
     "SoftQuantizer",
+    "SubsetQuantizer",
     "build_activation_quantizer",
     "build_weight_quantizer",
     "register_quantizer",
@@ -41,14 +46,7 @@ class Method:
 
 
 def _soft(spec: LayerSpec, codes: CodeRange, hard: bool, **common: Any) -> Quantizer:
-    return SoftQuantizer(
-        codes,
-        staircase=spec.staircase,
-        hard=hard,
-        slope_backward_max=spec.slope_backward_max,
-        straight_through_scale=spec.scale_gradient == "straight_through",
-        **common,
-    )
+    return SoftQuantizer(codes, **_staircase(spec, hard), **common)
 
 
 def _soft_weight(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
@@ -65,9 +63,49 @@ def _lsq(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
     return LSQQuantizer(codes, **common)
 
 
+def _staircase(spec: LayerSpec, hard: bool) -> dict[str, Any]:
+    return {
+        "staircase": spec.staircase,
+        "hard": hard,
+        "slope_backward_max": spec.slope_backward_max,
+        "straight_through_scale": spec.scale_gradient == "straight_through",
+    }
+
+
+def _points(spec: LayerSpec) -> dict[str, Any]:
+    per_channel = spec.granularity == spec.points_per == "channel"
+    return {"signed": spec.signed_points, "per_channel": per_channel, "power": spec.power}
+
+
+def _subset(spec: LayerSpec, _: CodeRange, **common: Any) -> Quantizer:
+    common |= _staircase(spec, spec.forward == "hard")
+    return SubsetQuantizer(spec.bits, candidates=spec.candidates, zero=spec.zero, **_points(spec), **common)
+
+
+def _codebook(spec: LayerSpec, _: CodeRange, **common: Any) -> Quantizer:
+    return CodebookQuantizer(spec.bits, **_points(spec), **_staircase(spec, spec.forward == "hard"), **common)
+
+
+def _subset_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    if spec.activation_levels == "uniform":
+        return _soft_activation(spec, codes, **common)
+    common |= _staircase(spec, spec.activation_forward == "hard")
+    return InputSubsetQuantizer(codes, candidates=spec.activation_candidates, power=spec.power, **common)
+
+
 REGISTRY: dict[str, Method] = {
     "soft": Method(_soft_weight, _soft_activation, "annealed soft staircase, learned scale (lq)"),
     "lsq": Method(_lsq, _lsq, "hard levels, straight-through, learned scale (Esser et al., ICLR 2020)"),
+    "subset": Method(
+        _subset,
+        _subset_activation,
+        "staircase onto the best subset of log-scale points (Oh et al., ECCV 2022)",
+    ),
+    "codebook": Method(
+        _codebook,
+        _soft_activation,
+        "staircase onto free levels by weighted k-means (Choi et al., ICLR 2017)",
+    ),
 }
 
 

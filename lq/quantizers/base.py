@@ -10,6 +10,7 @@ from lq.functional.layout import ScaleLayout, positive
 from lq.functional.levels import CodeRange, level_values
 from lq.functional.regularizer import level_regularizer
 from lq.functional.scale import initial_scale
+from lq.functional.scale_search import best_step
 from lq.functional.statistics import LevelStatistics, level_statistics
 
 __all__ = ["Quantizer"]
@@ -125,15 +126,22 @@ class Quantizer(nn.Module):
         return level_values(self.codes, positive(self.scale.detach()))
 
     @torch.no_grad()
-    def calibrate_(self, x: Tensor, method: str = "mse") -> None:
+    def calibrate_(self, x: Tensor, method: str = "mse", *, importance: Tensor | None = None, power: int = 2) -> None:
         """Set the scale from data, in place.
 
         Args:
             x: the weight, or a sample of activations.
             method: see `lq.functional.initial_scale`.
+            importance: of each value, broadcastable to ``x``; with it, or with another power than 2, "mse" searches
+                the scale over all values as `lq.search_subset` does.
+            power: of the quantization loss, 2 or 4.
         """
         rows = self.layout.rows(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
-        self.scale.copy_(initial_scale(rows, self.codes, method).to(self.scale))
+        if method != "mse" or (importance is None and power == 2):
+            self.scale.copy_(initial_scale(rows, self.codes, method).to(self.scale))
+            return
+        h = None if importance is None else self.layout.rows(importance.expand(x.shape)).double()
+        self.scale.copy_(best_step(rows, h, self.codes, power))
 
     def set_slope(self, slope: float) -> None:
         """Set the slope of the staircase; methods without one ignore it.

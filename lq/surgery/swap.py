@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lq.functional.layout import ScaleLayout
 from lq.nn import QuantLayer, from_float, is_transposed, named_quantized_layers, to_float, weight_key
 from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
-from lq.spec import LayerSpec, QuantSpec
+from lq.spec import POINT_QUANTIZERS, LayerSpec, QuantSpec
 from lq.surgery.discover import execution_order, run_example
 from lq.surgery.plan import Plan, make_plan
 from lq.surgery.report import QUANTIZED, SKIPPED, SwapReport, SwapRow
@@ -193,18 +193,38 @@ def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
 
     Args:
         model: a quantized model.
-        specs: path to spec; they must agree with the present ones in all but the widths.
+        specs: path to spec; they must agree with the present ones in all but the widths and what follows from them.
     """
+    rebuilt: dict[Quantizer, Quantizer] = {}
     for path, layer in named_quantized_layers(model).items():
         new, old = specs[path], layer.layer_spec
         if new == old:
             continue
+        assert isinstance(old, LayerSpec)
         layer.layer_spec = new  # type: ignore[assignment]
+        if {new.quantizer, old.quantizer} & set(POINT_QUANTIZERS):
+            _rebuild(layer, new, rebuilt)
+            continue
         if layer.weight_quantizer.codes != new.weight_codes:
             layer.weight_quantizer.codes = new.weight_codes
             layer.weight_quantizer.calibrate_(layer.float_weight(), new.scale_init)
         if layer.input_quantizer is not None:
             layer.input_quantizer.set_ranges_(new.activation_codes)
+
+
+def _rebuild(layer: QuantLayer, spec: LayerSpec, rebuilt: dict[Quantizer, Quantizer]) -> None:
+    """New quantizers around the old scales, which an optimizer may hold: other points need other buffers."""
+    old, weight = layer.weight_quantizer, layer.float_weight()
+    if old not in rebuilt:
+        new = build_weight_quantizer(spec, old.layout, weight.numel())
+        new.scale = old.scale
+        rebuilt[old] = new.to(weight.device).train(old.training)
+        new.calibrate_(weight, spec.scale_init)
+    layer.weight_quantizer = rebuilt[old]
+    inputs = build_activation_quantizer(spec)
+    if inputs is not None and layer.input_quantizer is not None:
+        inputs.quantizer.scale = layer.input_quantizer.quantizer.scale
+        layer.input_quantizer = inputs.to(weight.device).train(old.training)
 
 
 def dequantize_model(model: nn.Module, *, keep_latent: bool = False) -> list[str]:

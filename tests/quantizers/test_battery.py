@@ -8,15 +8,22 @@ import torch
 from torch import nn
 
 import lq
-from lq.functional import hard_quantize, soft_staircase
+from lq.functional import hard_quantize, point_staircase, soft_staircase
 from lq.functional.layout import ScaleLayout
-from lq.quantizers import REGISTRY, Method, build_activation_quantizer, build_weight_quantizer, register_quantizer
-from lq.spec import LayerSpec
+from lq.quantizers import (
+    REGISTRY,
+    Method,
+    PointQuantizer,
+    build_activation_quantizer,
+    build_weight_quantizer,
+    register_quantizer,
+)
+from lq.spec import POINT_QUANTIZERS, LayerSpec
 from tests.helpers import numpy_reference
 
 SPECS = {
     f"{name}-{grid}-{granularity}-{bits}": LayerSpec(quantizer=name, grid=grid, granularity=granularity, bits=bits)
-    for name in REGISTRY
+    for name in ("soft", "lsq")
     for grid in ("mid_tread", "mid_rise")
     for granularity in ("tensor", "channel")
     for bits in (2, 4, 8)
@@ -26,6 +33,17 @@ SPECS = {
     "soft-linear": LayerSpec(staircase="linear"),
     "soft-exact": LayerSpec(scale_gradient="exact"),
     "levels=15": LayerSpec(bits=2, levels=15),
+    "subset-4": LayerSpec(quantizer="subset"),
+    "subset-2": LayerSpec(quantizer="subset", bits=2),
+    "subset-channel-3": LayerSpec(quantizer="subset", bits=3, granularity="channel"),
+    "subset-channel-points": LayerSpec(quantizer="subset", granularity="channel", points_per="channel"),
+    "subset-zero": LayerSpec(quantizer="subset", bits=3, zero=True, power=4),
+    "subset-signed": LayerSpec(quantizer="subset", bits=3, signed_points=True),
+    "subset-uniform-8": LayerSpec(quantizer="subset", bits=8, candidates="uniform"),
+    "subset-hard": LayerSpec(quantizer="subset", forward="hard", scale_gradient="exact"),
+    "codebook-4": LayerSpec(quantizer="codebook"),
+    "codebook-channel": LayerSpec(quantizer="codebook", bits=2, granularity="channel", points_per="channel"),
+    "codebook-shared": LayerSpec(quantizer="codebook", bits=3, granularity="channel", signed_points=True),
 }
 
 
@@ -45,6 +63,12 @@ def made(request):
 
 
 def reference(quantizer, weight):
+    """By comparison with every level: of uniform ones by formula, of points from the chosen points."""
+    if isinstance(quantizer, PointQuantizer):
+        rows = quantizer.layout.rows(weight).double().numpy()
+        points = quantizer.points.double().numpy() * quantizer.scale.detach().double().numpy()[:, None]
+        near = numpy_reference.nearest(rows, points, signed=quantizer.signed)
+        return quantizer.layout.unrows(torch.from_numpy(near), weight.shape)
     codes = quantizer.codes
     scale = quantizer.layout.broadcast(quantizer.scale.detach()).expand_as(weight).double().numpy()
     return torch.from_numpy(numpy_reference.hard(weight.double().numpy(), scale, codes.lo, codes.hi, codes.offset))
@@ -66,7 +90,7 @@ def test_outputs_lie_on_the_levels(made):
 def test_stored_codes_give_back_evaluation_exactly(made):
     spec, quantizer, weight = made
     codes = quantizer.encode(weight)
-    assert codes.unique().numel() <= spec.weight_codes.levels
+    assert codes.unique().numel() <= (2**spec.bits if spec.quantizer in POINT_QUANTIZERS else spec.weight_codes.levels)
     assert torch.equal(quantizer.decode(codes), quantizer.eval()(weight))
 
 
@@ -74,7 +98,12 @@ def test_module_equals_function(made):
     spec, quantizer, weight = made
     quantizer.gradient_scale = False
     scale, codes = quantizer.layout.broadcast(quantizer.scale), quantizer.codes._asdict()
-    if spec.quantizer == "soft":
+    if spec.quantizer in POINT_QUANTIZERS:
+        rows = quantizer.layout.rows(weight)
+        soft = {"hard": spec.forward == "hard", "slope_backward_max": spec.slope_backward_max}
+        y = point_staircase(rows, quantizer.scale, quantizer.slope, quantizer.point_set, **soft)
+        expected = quantizer.layout.unrows(y, weight.shape)
+    elif spec.quantizer == "soft":
         hard, cap = spec.forward == "hard", spec.slope_backward_max or float("inf")
         extra = {"staircase": spec.staircase, "hard": hard, "slope_backward_max": cap}
         expected = soft_staircase(weight, scale, quantizer.slope, **codes, **extra)
