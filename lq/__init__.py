@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lq.checkpoints import load_from_checkpoint
     from lq.functional import SubsetResult, search_subset, two_word_candidates
     from lq.network import network_size, parameter_groups, scale_regularizer, set_slope
+    from lq.point_search import SearchReport, StaleResultError, search
+    from lq.search_spec import SearchSpec
     from lq.spec import QuantSpec
     from lq.surgery import SwapReport, dequantize_model, quantize_model
 
@@ -30,6 +32,10 @@ _NAMES = {
     "parameter_groups": "lq.network",
     "scale_regularizer": "lq.network",
     "set_slope": "lq.network",
+    "SearchReport": "lq.point_search",
+    "StaleResultError": "lq.point_search",
+    "search": "lq.point_search",
+    "SearchSpec": "lq.search_spec",
     "QuantSpec": "lq.spec",
     "SwapReport": "lq.surgery",
     "dequantize_model": "lq.surgery",
@@ -44,6 +50,9 @@ __all__ = [
     "LearnedQuantization",
     "QuantSpec",
     "QuantizationTracker",
+    "SearchReport",
+    "SearchSpec",
+    "StaleResultError",
     "SubsetResult",
     "SwapReport",
     "calibrate",
@@ -60,6 +69,7 @@ __all__ = [
     "quantizers",
     "reestimate_batch_norm",
     "scale_regularizer",
+    "search",
     "search_subset",
     "set_slope",
     "two_word_candidates",

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lq.nn.capped import CappedReLU
 from lq.nn.layers import (
     FixedWeight,
     QuantLayer,
@@ -12,11 +13,13 @@ from lq.nn.layers import (
     uses_own_weight,
     weight_key,
 )
-from lq.nn.substitute import LAYER_TYPES, SubstituteWeight
+from lq.nn.substitute import LAYER_TYPES, ObserveOperator, SubstituteWeight
 
 __all__ = [
     "LAYER_TYPES",
+    "CappedReLU",
     "FixedWeight",
+    "ObserveOperator",
     "QuantLayer",
     "SubstituteWeight",
     "from_float",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LAYER_TYPES", "TRANSPOSED_TYPES", "SubstituteWeight", "probe_input"]
+__all__ = ["LAYER_TYPES", "TRANSPOSED_TYPES", "ObserveOperator", "SubstituteWeight", "probe_input"]
 
 TRANSPOSED_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_TYPES, nn.Linear)
@@ -68,6 +68,38 @@ class SubstituteWeight(TorchFunctionMode):
                     args = (args[0], weight, *args[2:])
                 else:
                     kwargs = {**kwargs, "weight": weight}
+        return func(*args, **kwargs)
+
+
+class ObserveOperator(TorchFunctionMode):
+    """While active, the arguments of every convolution or linear operator are shown before it runs.
+
+    Args:
+        see: gets ``(input, weight, bias, stride, padding, dilation, groups)``, of a linear operator the first three.
+
+    >>> shapes, layer = [], nn.Conv2d(1, 2, 3, padding=1)
+    >>> with ObserveOperator(lambda args: shapes.append((args[0].shape, args[4]))):
+    ...     y = layer(torch.zeros(1, 1, 4, 4))
+    >>> shapes
+    [(torch.Size([1, 1, 4, 4]), (1, 1))]
+    """
+
+    def __init__(self, see: Callable[[tuple[Any, ...]], object]) -> None:
+        """Nothing happens until the mode is entered."""
+        super().__init__()
+        self.see = see
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Show, then run ``func``."""
+        kwargs = kwargs or {}
+        if func in _OPERATORS:
+            defaults = {"input": None, "weight": None, "bias": None}
+            if func is not F.linear:
+                defaults |= {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+            given = dict(zip(defaults, args, strict=False)) | kwargs
+            self.see(tuple({**defaults, **given}.values()))
         return func(*args, **kwargs)
 
 

@@ -56,17 +56,27 @@ class ActivationQuantizer(nn.Module):
         return self.quantizer(x) if self.is_calibrated else x
 
     @torch.no_grad()
-    def calibrate_(self, sample: Tensor, lowest: float, method: str = "mse") -> None:
+    def calibrate_(
+        self,
+        sample: Tensor,
+        lowest: float,
+        method: str = "mse",
+        *,
+        importance: Tensor | None = None,
+        power: int = 2,
+    ) -> None:
         """Decide the sign and set the scale.
 
         Args:
             sample: values seen, any shape.
             lowest: smallest value seen.
             method: see `lq.functional.initial_scale`.
+            importance: of each value of the sample, such as the counts of a histogram.
+            power: of the quantization loss, 2 or 4.
         """
         signed = lowest < 0 if self.activation == "auto" else self.activation == "signed"
         self.quantizer.codes = self.code_ranges[int(signed)]
-        self.quantizer.calibrate_(sample, method)
+        self.quantizer.calibrate_(sample, method, importance=importance, power=power)
         self.signed.fill_(float(signed))
         self.calibrated.fill_(1.0)
         self.read_state()

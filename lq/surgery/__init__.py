@@ -6,6 +6,7 @@ from lq.surgery.report import SwapReport, SwapRow
 from lq.surgery.swap import (
     apply_plan,
     dequantize_model,
+    keep_off_fast_path,
     layer_specs,
     quantize_model,
     reassign_ends,
@@ -23,6 +24,7 @@ __all__ = [
     "dequantize_model",
     "execution_order",
     "find_layers",
+    "keep_off_fast_path",
     "layer_specs",
     "make_plan",
     "quantize_model",

@@ -1,6 +1,6 @@
 """Swap layers for quantized ones and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,7 +15,18 @@ from lq.surgery.discover import execution_order, run_example
 from lq.surgery.plan import Plan, make_plan
 from lq.surgery.report import QUANTIZED, SKIPPED, SwapReport, SwapRow
 
-__all__ = ["apply_plan", "dequantize_model", "layer_specs", "quantize_model", "reassign_ends", "swap_report"]
+__all__ = [
+    "apply_plan",
+    "dequantize_model",
+    "keep_off_fast_path",
+    "layer_specs",
+    "quantize_model",
+    "reassign_ends",
+    "swap_report",
+]
+
+
+Calibrate = Callable[[str, Quantizer, Tensor], None]
 
 
 def quantize_model(model: nn.Module, spec: QuantSpec | None = None, example_input: Any = None) -> SwapReport:
@@ -52,12 +63,14 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, example_inpu
     return apply_plan(model, make_plan(model, spec, order))
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> SwapReport:
+def apply_plan(model: nn.Module, plan: Plan, calibrate: Calibrate | None = None) -> SwapReport:
     """Carry out a plan, in place.
 
     Args:
         model: the model the plan was made for.
         plan: from `make_plan`.
+        calibrate: sets the levels of a weight quantizer from path, quantizer and float weight; by default they are set
+            as the layer's spec says.
 
     Returns:
         What happened to every layer.
@@ -66,12 +79,18 @@ def apply_plan(model: nn.Module, plan: Plan) -> SwapReport:
     for planned in plan.layers:
         module = planned.found.module
         if planned.spec is not None and not isinstance(module, QuantLayer):
-            _quantize_layer(module, planned.spec, shared)
-    _keep_off_fast_path(model)
+            _quantize_layer(planned.found.path, module, planned.spec, shared, calibrate)
+    keep_off_fast_path(model)
     return swap_report(plan)
 
 
-def _quantize_layer(module: nn.Module, spec: LayerSpec, shared: dict[int, tuple[ScaleLayout, Quantizer]]) -> None:
+def _quantize_layer(
+    path: str,
+    module: nn.Module,
+    spec: LayerSpec,
+    shared: dict[int, tuple[ScaleLayout, Quantizer]],
+    calibrate: Calibrate | None,
+) -> None:
     weight = module.weight
     assert isinstance(weight, Tensor)
     layout = ScaleLayout()
@@ -88,7 +107,11 @@ def _quantize_layer(module: nn.Module, spec: LayerSpec, shared: dict[int, tuple[
     assert isinstance(module, QuantLayer)
     module.layer_spec = spec  # type: ignore[assignment]
     if tied is None or quantizer is not tied[1]:
-        quantizer.calibrate_(module.float_weight(), spec.scale_init)
+        weight = module.float_weight()
+        if calibrate is None:
+            quantizer.calibrate_(weight, spec.scale_init)
+        else:
+            calibrate(path, quantizer, weight.detach())
         shared[weight_key(module)] = (layout, quantizer)
 
 
@@ -96,7 +119,7 @@ def _pass(*_: Any) -> None:
     """Do nothing; its presence as a hook is what counts."""
 
 
-def _keep_off_fast_path(model: nn.Module) -> None:
+def keep_off_fast_path(model: nn.Module) -> None:
     """TransformerEncoderLayer's inference fast path reads weights past their layers; a hook makes it take the other."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

@@ -1,0 +1,244 @@
+"""What calibration batches say of the inputs of each layer."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lq.calibration import default_forward
+from lq.nn import LAYER_TYPES, ObserveOperator, QuantLayer, SubstituteWeight, is_transposed
+
+__all__ = ["Batches", "Forward", "StopForward", "fisher_importance", "hessians", "input_importance", "run", "watching"]
+
+Batches = Sequence[Any]
+Forward = Callable[[nn.Module, Any], Any]
+See = Callable[[str, nn.Module, Tensor], None]
+
+
+class StopForward(Exception):  # noqa: N818  it is no error
+    """Ends a forward pass once all that is wanted has been seen."""
+
+
+@torch.no_grad()
+def run(model: nn.Module, batches: Batches, forward: Forward | None = None) -> None:
+    """Run batches through a model in evaluation mode; a `StopForward` ends one of them.
+
+    Args:
+        model: in evaluation mode.
+        batches: on the model's device.
+        forward: runs the model on a batch.
+
+    Raises:
+        ValueError: for no batches, or batches that the model cannot run.
+    """
+    if not batches:
+        raise ValueError("batches must hold at least one batch, got none: pass a few batches of training data")
+    for batch in batches:
+        try:
+            (forward or default_forward)(model, batch)
+        except StopForward:
+            continue
+        except (RuntimeError, TypeError, IndexError) as error:
+            shapes = [tuple(t.shape) for t in _tensors(batch)]
+            raise ValueError(
+                f"batches must be inputs that the model runs on, got tensors of shapes {shapes}: {error}. Pass batches "
+                "of the data it was trained on, or say how with forward="
+            ) from error
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _tensors(value)
+
+
+@contextmanager
+def watching(layers: Mapping[str, nn.Module], see: See) -> Iterator[None]:
+    """While active, ``see(path, layer, input)`` is called before each layer runs.
+
+    Args:
+        layers: path to layer.
+        see: is told.
+    """
+    handles = []
+    for path, layer in layers.items():
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+            see(path, module, args[0] if args else next(iter(kwargs.values())))
+
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _float_forward(layer: nn.Module) -> Callable[..., Tensor]:
+    return cast(Any, layer.float_class if isinstance(layer, QuantLayer) else type(layer)).forward
+
+
+def multiplied(layer: nn.Module, x: Tensor) -> Tensor:
+    """Sum of all that each weight of a layer multiplies: the gradient of its summed output, the layer being linear.
+
+    Args:
+        layer: any convolution or linear layer.
+        x: its input.
+
+    Returns:
+        Shape of the weight.
+    """
+    weight = torch.zeros_like(cast(Tensor, layer.weight), requires_grad=True)
+    with torch.enable_grad(), SubstituteWeight(weight.shape, lambda _: weight):
+        return torch.autograd.grad(_float_forward(layer)(layer, x).sum(), weight)[0]
+
+
+def input_importance(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, forward: Forward | None = None
+) -> dict[str, Tensor]:
+    """Second moment of what each weight multiplies: the diagonal of the Hessian of the layer's squared output error.
+
+    Args:
+        model: float, in evaluation mode.
+        layers: path to layer.
+        batches: on the model's device.
+        forward: runs the model on a batch.
+
+    Returns:
+        Path to h, shape of the weight, with mean 1.
+    """
+    sums = {path: torch.zeros_like(cast(Tensor, layer.weight)) for path, layer in layers.items()}
+
+    def see(path: str, layer: nn.Module, x: Tensor) -> None:
+        sums[path] += multiplied(layer, x.detach().square())
+
+    with watching(layers, see):
+        run(model, batches, forward)
+    return {path: _unit_mean(h) for path, h in sums.items()}
+
+
+def fisher_importance(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Batches,
+    forward: Forward | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Diagonal of the Fisher information: mean of squared gradients of single inputs.
+
+    The model's own predictions are drawn as classes, so that no labels are needed.
+
+    Args:
+        model: float, in evaluation mode; its output are logits, classes last.
+        layers: path to layer.
+        batches: on the model's device; tensors with the inputs along their first axis, or tuples that start with one.
+        forward: runs the model on a batch.
+        seed: of the draws.
+
+    Returns:
+        Path to h, shape of the weight, with mean 1.
+
+    Source: Choi et al., Towards the Limit of Network Quantization, ICLR 2017, section 3 (weights by their curvature).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {path: cast(Tensor, layer.weight) for path, layer in layers.items()}
+    wanted = {path: w.requires_grad for path, w in weights.items()}
+    sums = {path: torch.zeros_like(w) for path, w in weights.items()}
+    try:
+        for w in weights.values():
+            w.requires_grad_(True)
+        for batch in batches:
+            inputs = batch[0] if isinstance(batch, tuple | list) else batch
+            if not isinstance(inputs, Tensor):
+                raise ValueError(
+                    f"batches must be tensors, or tuples that start with one, for importance='fisher', got "
+                    f"{type(batch).__name__}: use importance='inputs'"
+                )
+            for x in inputs.split(1):
+                with torch.enable_grad():
+                    logits = (forward or default_forward)(model, x).flatten(0, -2)
+                    classes = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator)
+                    loss = F.cross_entropy(logits, classes[:, 0].to(logits.device))
+                    grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                for path, grad in zip(weights, grads, strict=True):
+                    if grad is not None:
+                        sums[path] += grad.square()
+    finally:
+        for path, w in weights.items():
+            w.requires_grad_(wanted[path])
+    return {path: _unit_mean(h) for path, h in sums.items()}
+
+
+def _unit_mean(h: Tensor) -> Tensor:
+    """Importance has no unit: with mean 1 losses of one layer can be compared with and without it."""
+    mean = h.mean()
+    return h / mean if bool(mean > 0) else torch.ones_like(h)
+
+
+def hessians(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, forward: Forward | None = None
+) -> dict[str, Tensor]:
+    """``X X^T`` of the inputs that the weights of one output channel multiply, for each group of a layer.
+
+    Args:
+        model: in evaluation mode.
+        layers: path to layer: linear layers, and convolutions of one or two dimensions.
+        batches: on the model's device.
+        forward: runs the model on a batch.
+
+    Returns:
+        Path to shape ``(groups, d, d)``, float64, d weights per output channel.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def see(path: str, layer: nn.Module, x: Tensor) -> None:
+        patches = input_patches(layer, x)
+        product = (patches.transpose(1, 2) @ patches).double()
+        sums[path] = sums[path] + product if path in sums else product
+
+    with watching(layers, see):
+        run(model, batches, forward)
+    return sums
+
+
+def has_patches(layer: nn.Module) -> bool:
+    """Whether `input_patches` knows a layer."""
+    return isinstance(layer, LAYER_TYPES) and not isinstance(layer, nn.Conv3d) and not is_transposed(layer)
+
+
+def input_patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the weights of one output channel multiply, at each position.
+
+    Args:
+        layer: linear, or a convolution of one or two dimensions.
+        x: its input.
+
+    Returns:
+        Shape ``(groups, positions, d)``, in the order of ``weight[o].flatten()``.
+    """
+    seen: list[tuple[Any, ...]] = []
+    with ObserveOperator(lambda args: seen.append(args)):
+        _float_forward(layer)(layer, x)
+    source = seen[0][0]
+    if isinstance(layer, nn.Linear):
+        return source.reshape(1, -1, source.shape[-1])
+    _, weight, _, stride, padding, dilation, groups = seen[0]
+    kernel = tuple(weight.shape[2:])
+    if len(kernel) == 1:
+        source, kernel = source[:, :, None], (1, *kernel)
+        stride, padding, dilation = (1, *_pair(stride, 1)), (0, *_pair(padding, 1)), (1, *_pair(dilation, 1))
+    columns = F.unfold(source, kernel, dilation=dilation, padding=padding, stride=stride)
+    n, _, positions = columns.shape
+    return columns.reshape(n, groups, -1, positions).permute(1, 0, 3, 2).reshape(groups, n * positions, -1)
+
+
+def _pair(value: Any, length: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * length

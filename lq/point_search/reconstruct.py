@@ -1,0 +1,173 @@
+"""Block-wise reconstruction: learn the rounding and the scales of a block against what the float block puts out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lq.functional.layout import positive
+from lq.functional.rounding import rounding_penalty, rounding_start, soft_rounding
+from lq.nn import QuantLayer
+from lq.quantizers import ActivationQuantizer, Quantizer
+from lq.search_spec import SearchSpec
+
+__all__ = ["LearnedRounding", "reconstruct_block"]
+
+_WARMUP = 0.2  # share of the iterations without a penalty on undecided weights
+_PENALTY = 0.01
+_SHARPNESS = (20.0, 2.0)
+
+
+class LearnedRounding(nn.Module):
+    """Stands in for a weight quantizer while its weights decide between the levels beside them.
+
+    Args:
+        quantizer: whose levels are used.
+        weight: float weight.
+    """
+
+    def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
+        """Start where the weights are, by no more than the ends of the range."""
+        super().__init__()
+        self.layout, self.shape = quantizer.layout, weight.shape
+        rows = self.layout.rows(weight.detach())
+        levels = quantizer.level_values().to(rows).expand(len(rows), -1).contiguous()
+        below = torch.searchsorted(levels[:, 1:-1].contiguous(), rows.contiguous(), right=True)
+        self.low = levels.gather(1, below)
+        self.gap = levels.gather(1, below + 1) - self.low
+        self.v = nn.Parameter(rounding_start((rows - self.low) / self.gap.clamp_min(1e-12)))
+        self.factor = nn.Parameter(torch.ones(len(rows), 1, device=rows.device, dtype=rows.dtype))
+
+    def forward(self, _: Tensor) -> Tensor:
+        """Weights between their levels, shape of the weight."""
+        rows = (self.low + soft_rounding(self.v) * self.gap) * self.factor
+        return self.layout.unrows(rows, self.shape)
+
+    def decided(self) -> Tensor:
+        """Weights on their levels, before the factor, shape of the weight."""
+        return self.layout.unrows(torch.where(self.v >= 0, self.low + self.gap, self.low), self.shape)
+
+
+class _Dropped(nn.Module):
+    """An input quantizer that leaves a random share of its input float."""
+
+    def __init__(self, quantizer: ActivationQuantizer, drop: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.quantizer, self.drop, self.generator = quantizer, drop, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.quantizer(x)
+        if not self.drop:
+            return y
+        keep = torch.rand(x.shape, generator=self.generator).to(x.device) < self.drop
+        return torch.where(keep, x, y)
+
+
+def reconstruct_block(
+    block: nn.Module,
+    layers: Mapping[str, QuantLayer],
+    x: Tensor,
+    target: Tensor,
+    spec: SearchSpec,
+    tick: Callable[[], object] = lambda: None,
+) -> tuple[float, float]:
+    """Learn rounding and scales of a block so that its outputs come near those of the float block, in place.
+
+    The loss is the squared error relative to the mean square of the target, summed over channels, plus a penalty on
+    weights that have not decided. Afterwards every weight is one of its quantizer's levels.
+
+    Args:
+        block: holds the layers; in evaluation mode.
+        layers: path to layer, those whose rounding is learned.
+        x: inputs of the block in the quantized network.
+        target: outputs of the float block.
+        spec: iterations, batch size, learning rates, drop, seed.
+        tick: called after each iteration.
+
+    Returns:
+        Mean squared error relative to the mean square of the target before and after.
+
+    Raises:
+        ValueError: where the error is not finite.
+
+    Source: Li et al., BRECQ, ICLR 2021; Nagel et al., AdaRound, ICML 2020; drop after Wei et al., QDrop, ICLR 2022.
+    """
+    scale = target.double().square().mean().clamp_min(1e-30).float()
+    before = _error(block, x, target, spec.reconstruct_batch_size) / float(scale)
+    if not before < float("inf"):
+        raise ValueError("the error of a block must be finite, got NaN or infinity: check the model and the batches")
+    generator = torch.Generator().manual_seed(spec.search_seed)
+    roundings = {path: LearnedRounding(layer.weight_quantizer, layer.float_weight()) for path, layer in layers.items()}
+    kept = {path: (layer.weight_quantizer, layer.input_quantizer) for path, layer in layers.items()}
+    inputs = [q for _, q in kept.values() if q is not None and q.is_calibrated]
+    optimizer = _optimizer(list(roundings.values()), [q.quantizer.scale for q in inputs], spec)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.reconstruct)
+    wanted = [(p, p.requires_grad) for p in block.parameters()]
+    try:
+        for p, _ in wanted:
+            p.requires_grad_(False)
+        for path, layer in layers.items():
+            layer.weight_quantizer = cast(Any, roundings[path])
+            if kept[path][1] in inputs:
+                layer.input_quantizer = cast(Any, _Dropped(cast(Any, kept[path][1]), spec.drop, generator))
+                cast(Any, kept[path][1]).quantizer.scale.requires_grad_(True)
+        for step in range(spec.reconstruct):
+            picks = torch.randint(len(x), (min(spec.reconstruct_batch_size, len(x)),), generator=generator)
+            picks = picks.to(x.device)
+            error = _per_channel(block(x[picks]), target[picks]) / scale
+            (error + _penalty(roundings.values(), step / spec.reconstruct)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            tick()
+    finally:
+        for path, layer in layers.items():
+            layer.weight_quantizer, layer.input_quantizer = kept[path]
+        for p, flag in wanted:
+            p.requires_grad_(flag)
+    for path, layer in layers.items():
+        _settle(layer, roundings[path])
+    return before, _error(block, x, target, spec.reconstruct_batch_size) / float(scale)
+
+
+def _optimizer(
+    roundings: list[LearnedRounding], input_scales: list[nn.Parameter], spec: SearchSpec
+) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": [r.v for r in roundings], "lr": spec.reconstruct_lr}]
+    if spec.scale_lr:
+        groups.append({"params": [r.factor for r in roundings], "lr": spec.scale_lr})
+        # input scales have a size of their own, of which a step takes the same share
+        groups += [{"params": [s], "lr": spec.scale_lr * float(s.detach().abs().mean())} for s in input_scales]
+    return torch.optim.Adam(groups)
+
+
+def _penalty(roundings: Any, progress: float) -> Tensor | float:
+    if progress < _WARMUP:
+        return 0.0
+    start, end = _SHARPNESS
+    sharpness = start + (end - start) * (progress - _WARMUP) / (1 - _WARMUP)
+    return _PENALTY * torch.stack([rounding_penalty(soft_rounding(r.v), sharpness) for r in roundings]).sum()
+
+
+@torch.no_grad()
+def _settle(layer: QuantLayer, rounding: LearnedRounding) -> None:
+    """Weights become levels, and the factor goes into the scale."""
+    quantizer = layer.weight_quantizer
+    codes = quantizer.encode(rounding.decided())
+    quantizer.scale.copy_(positive(quantizer.scale) * rounding.factor.reshape(-1).abs().to(quantizer.scale))
+    weight = cast(Tensor, layer.weight)
+    weight.copy_(quantizer.decode(codes).to(weight))
+
+
+def _per_channel(y: Tensor, target: Tensor) -> Tensor:
+    axis = 1 if y.dim() != 3 else 2  # tokens have their channels last
+    return (y - target).square().sum(axis).mean()
+
+
+@torch.no_grad()
+def _error(block: nn.Module, x: Tensor, target: Tensor, size: int) -> float:
+    total = 0.0
+    for part, goal in zip(x.split(size), target.split(size), strict=True):
+        total += float((block(part) - goal).double().square().sum())
+    return total / target.numel()

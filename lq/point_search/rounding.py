@@ -1,0 +1,147 @@
+"""Better than rounding to nearest: error feedback and reconstruction over a whole network."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lq.functional.feedback import error_feedback
+from lq.functional.points import nearest_point
+from lq.nn import QuantLayer, weight_key
+from lq.point_search.blocks import find_blocks, inputs_of, outputs_of
+from lq.point_search.inputs import Batches, Forward, has_patches, hessians
+from lq.point_search.reconstruct import reconstruct_block
+from lq.point_search.report import BlockResult
+from lq.point_search.store import Store, digest_of
+from lq.search_spec import SearchSpec
+
+__all__ = ["feed_back", "reconstruct"]
+
+
+def _obstacle(layer: QuantLayer, uses: Counter[int]) -> str:
+    if layer.transforms_weight:
+        return "it computes its weight from its parameter"
+    if uses[weight_key(layer)] > 1:
+        return "its weight is tied to another layer"
+    return ""
+
+
+@torch.no_grad()
+def feed_back(
+    model: nn.Module,
+    layers: Mapping[str, QuantLayer],
+    batches: Batches,
+    forward: Forward | None = None,
+    *,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Round the weights of each layer with error feedback, in place: they become levels of their quantizers.
+
+    The inputs are those of the network with all weights rounded to nearest.
+
+    Args:
+        model: with quantized layers, in evaluation mode.
+        layers: path to layer.
+        batches: on the model's device.
+        forward: runs the model on a batch.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Path to "" where it was done, else to the reason why not.
+    """
+    uses = Counter(weight_key(layer) for layer in layers.values())
+    done = {path: _obstacle(layer, uses) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        if not done[path] and not has_patches(layer):
+            done[path] = "its patches cannot be laid out: it is transposed or three-dimensional"
+    usable = {path: layer for path, layer in layers.items() if not done[path]}
+    products = hessians(model, usable, batches, forward)
+    for path, layer in tqdm(usable.items(), desc="error feedback", unit="layer", disable=not progress):
+        if path not in products:
+            done[path] = "the batches did not reach it"
+            continue
+        weight = cast(Tensor, layer.weight)
+        groups = len(products[path])
+        rows = weight.reshape(groups, weight.shape[0] // groups, -1)
+        rounded = error_feedback(rows, products[path], _nearest(layer, groups))
+        weight.copy_(rounded.reshape(weight.shape))
+    return done
+
+
+def _nearest(layer: QuantLayer, groups: int) -> Callable[[Tensor], Tensor]:
+    """Nearest level of one weight of each output channel, shape ``(groups, channels)`` to the same."""
+    levels = layer.weight_quantizer.level_values()
+    per_channel = levels.dim() == 2
+
+    def quantize(column: Tensor) -> Tensor:
+        flat = column.reshape(-1, 1) if per_channel else column.reshape(1, -1)
+        index = nearest_point(flat, levels)
+        value = levels.gather(1, index) if per_channel else levels[index]
+        return value.reshape(column.shape)
+
+    return quantize
+
+
+def reconstruct(
+    model: nn.Module,
+    float_model: nn.Module,
+    order: Sequence[str],
+    batches: Batches,
+    spec: SearchSpec,
+    store: Store,
+    *,
+    forward: Forward | None = None,
+    progress: bool = True,
+) -> list[BlockResult]:
+    """Reconstruct a network block by block in order of execution, each on the outputs of those before it, in place.
+
+    Args:
+        model: with quantized layers, in evaluation mode.
+        float_model: the same before quantization.
+        order: paths of the quantized layers, in execution order.
+        batches: on the model's device.
+        spec: of the search.
+        store: where finished blocks are kept.
+        forward: runs the model on a batch.
+        progress: whether to show a progress bar.
+
+    Returns:
+        One result per block.
+    """
+    layers = {path: cast(QuantLayer, model.get_submodule(path)) for path in order}
+    uses = Counter(weight_key(layer) for layer in layers.values())
+    blocks = find_blocks(model, order)
+    digest = digest_of(_everything(model, batches), {"spec": spec.to_dict()})
+    results = []
+    bar = tqdm(total=len(blocks) * spec.reconstruct, desc="reconstructing", unit="step", disable=not progress)
+    for path, inside in blocks.items():
+        bar.set_postfix_str(path)
+        stored = store.load(f"block-{path}", digest)
+        block = model.get_submodule(path)
+        if stored is not None:
+            block.load_state_dict(stored[0])
+            results.append(BlockResult(**{**stored[1], "layers": tuple(stored[1]["layers"])}))
+            bar.update(spec.reconstruct)
+            continue
+        usable = {name: layers[name] for name in inside if not _obstacle(layers[name], uses)}
+        result = BlockResult(path, tuple(usable), skipped="no layer whose rounding can be learned")
+        if usable:
+            x = inputs_of(model, path, batches, forward)
+            target = outputs_of(float_model, path, batches, forward)
+            if x is None or target is None:
+                result = BlockResult(path, tuple(usable), skipped="it does not turn one tensor into one, once")
+            else:
+                before, after = reconstruct_block(block, usable, x, target, spec, bar.update)
+                result = BlockResult(path, tuple(usable), before, after)
+        results.append(result)
+        store.save(f"block-{path}", digest, block.state_dict(), result)
+    bar.close()
+    return results
+
+
+def _everything(model: nn.Module, batches: Batches) -> list[Tensor]:
+    data: list[Any] = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches]
+    return [*model.state_dict().values(), *(x for x in data if isinstance(x, Tensor))]

@@ -1,0 +1,106 @@
+"""Results of finished layers and blocks in a folder, each with a hash of what it depends on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["StaleResultError", "Store", "digest_of"]
+
+VERSION = 1
+_KEY = "lq_search"
+
+
+class StaleResultError(ValueError):
+    """A stored result was found for other inputs than the present ones."""
+
+
+def digest_of(tensors: Iterable[Tensor | None], settings: Mapping[str, Any]) -> str:
+    """Hash of tensors and settings.
+
+    Args:
+        tensors: whose bytes count, in order.
+        settings: plain values.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+
+    >>> len(digest_of([torch.zeros(2)], {"bits": 4}))
+    64
+    """
+    total = hashlib.sha256(json.dumps({"version": VERSION, **settings}, sort_keys=True, default=str).encode())
+    for tensor in tensors:
+        if tensor is None:
+            total.update(b"none")
+            continue
+        plain = tensor.detach().cpu().contiguous()
+        total.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        total.update(memoryview(plain.flatten().view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+class Store:
+    """Folder with one file per finished layer or block; written whole or not at all.
+
+    Args:
+        folder: made when first written to; None keeps nothing.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        """Nothing is touched yet."""
+        self.folder = None if folder is None else Path(folder)
+
+    def load(self, name: str, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """A finished result.
+
+        Args:
+            name: of the layer or block.
+            digest: of the present inputs.
+
+        Returns:
+            Tensors and values, or None where nothing is stored.
+
+        Raises:
+            StaleResultError: where the stored result is of other inputs.
+        """
+        path = self._path(name)
+        if path is None or not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            values = json.loads(file.metadata()[_KEY])
+            if values["digest"] != digest:
+                raise StaleResultError(
+                    f"folder must hold results of these weights and settings, got {path} of others: delete the folder, "
+                    "or name another"
+                )
+            return {key: file.get_tensor(key) for key in file.keys()}, values["result"]  # noqa: SIM118  no mapping
+
+    def save(self, name: str, digest: str, tensors: Mapping[str, Tensor], result: Any) -> None:
+        """Keep a finished result.
+
+        Args:
+            name: of the layer or block.
+            digest: of its inputs.
+            tensors: to keep.
+            result: dataclass or plain values to keep.
+        """
+        path = self._path(name)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = result if isinstance(result, dict) else asdict(result)
+        partial = path.with_name(path.name + ".partial")
+        plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        save_file(plain, partial, metadata={_KEY: json.dumps({"digest": digest, "result": values})})
+        os.replace(partial, path)
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.safetensors"
