@@ -23,7 +23,8 @@ class SearchSpec(QuantSpec):
         rounding: "nearest", or "error_feedback": column by column, later weights make up for the error of earlier ones.
         reconstruct: iterations of learned rounding per block, 0 for none; some hundreds to thousands.
         reconstruct_batch_size: inputs per iteration.
-        reconstruct_lr: learning rate of the rounding.
+        reconstruct_lr: learning rate of the rounding; null takes 10 over the iterations, at most 0.1, far enough for
+            every weight to decide.
         scale_lr: learning rate of the factor on each scale, 0 to leave scales alone.
         drop: probability that an input element stays float while a block is reconstructed (QDrop), from 0 to below 1.
         reference: also find the free levels of least loss and the best uniform levels, to show beside each result.
@@ -50,7 +51,7 @@ class SearchSpec(QuantSpec):
     rounding: str = "nearest"
     reconstruct: int = 0
     reconstruct_batch_size: int = 32
-    reconstruct_lr: float = 1e-2
+    reconstruct_lr: float | None = None
     scale_lr: float = 1e-3
     drop: float = 0.0
     reference: bool = True
@@ -67,10 +68,9 @@ class SearchSpec(QuantSpec):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer from {least}, got {value!r}: choose such a number")
         for name in ("reconstruct_lr", "scale_lr"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} must not be negative, got {getattr(self, name)!r}: use 1e-2 and 1e-3 to start"
-                )
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must not be negative, got {value!r}: try 1e-2 or 1e-3")
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must lie from 0 to below 1, got {self.drop!r}: QDrop takes 0.5")
 

@@ -46,15 +46,25 @@ class CIFAR10Data(ImageData):
         num_workers: processes that load.
         seed: of order and augmentation; the split is always the same.
         download: whether torchvision may download into root.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel.
 
     Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
     """
 
     def __init__(
-        self, root: str, batch_size: int = 128, num_workers: int = 0, seed: int = 0, download: bool = False
+        self,
+        root: str,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        download: bool = False,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
     ) -> None:
         """Remember the settings."""
         super().__init__(batch_size, num_workers, seed)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.root, self.download = Path(root), download
 
     def prepare_data(self) -> None:
@@ -78,9 +88,9 @@ class CIFAR10Data(ImageData):
             return
         (pixels, classes), test = self._read(True), self._read(False)
         kept, held = hold_out(len(pixels), 5000, seed=0)
-        self.train = Images(pixels[kept], classes[kept], MEAN, STD, pad=4, flip=True, seed=self.seed)
-        self.val = Images(pixels[held], classes[held], MEAN, STD)
-        self.test = Images(*test, MEAN, STD)
+        self.train = Images(pixels[kept], classes[kept], self.mean, self.std, pad=4, flip=True, seed=self.seed)
+        self.val = Images(pixels[held], classes[held], self.mean, self.std)
+        self.test = Images(*test, self.mean, self.std)
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         if self._packs():

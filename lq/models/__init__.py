@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lq.models.cifar_resnet import CifarResNet
+from lq.models.mobilenet_v1 import MobileNetV1
 
-__all__ = ["CifarResNet", "create_model", "load_weights"]
+__all__ = ["CifarResNet", "MobileNetV1", "create_model", "load_weights"]
 
 
 def create_model(
@@ -25,7 +26,8 @@ def create_model(
     """Build a timm model, optionally from a file of float weights.
 
     Args:
-        name: of any timm model, or of ours: cifar_resnet8, cifar_resnet20, cifar_resnet32, cifar_resnet56.
+        name: of any timm model, or of ours: cifar_resnet8, cifar_resnet20, cifar_resnet32, cifar_resnet56,
+            mobilenetv1_075_same.
         num_classes: outputs.
         in_chans: channels of the image.
         pretrained: whether timm downloads its weights.

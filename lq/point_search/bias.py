@@ -47,15 +47,20 @@ def mean_inputs(
 
 @torch.no_grad()
 def correct_biases(
-    model: nn.Module, layers: Mapping[str, QuantLayer], means: Mapping[str, Tensor], chains: Mapping[str, Chain]
+    model: nn.Module,
+    layers: Mapping[str, QuantLayer],
+    weights: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    chains: Mapping[str, Chain],
 ) -> list[str]:
     """Take ``E[Q(W) x] - E[W x] = (Q(W) - W) E[x]`` from the bias of each layer, in place.
 
     It goes into the running mean of the batch norm that follows, else into the bias, which is made where there is none.
 
     Args:
-        model: with quantized layers, whose parameters still are the float weights.
+        model: with quantized layers, their weights rounded in whatever way.
         layers: path to layer.
+        weights: path to float weight, as it arrived at the operator.
         means: mean inputs of the float network.
         chains: from `lq.point_search.graph.trace_chains`.
 
@@ -68,9 +73,9 @@ def correct_biases(
     for path, layer in layers.items():
         if path not in means:
             continue
-        latent = layer.float_weight()
-        shift = _output(layer, means[path], layer.weight_quantizer.hard(latent) - latent)
-        shift = shift - _output(layer, means[path], torch.zeros_like(latent))  # the bias, which every output holds
+        error = layer.quantized_weight() - weights[path]
+        shift = _output(layer, means[path], error)
+        shift = shift - _output(layer, means[path], torch.zeros_like(error))  # the bias, which every output holds
         axis = -1 if isinstance(layer, nn.Linear) else 1
         shift = shift.movedim(axis, 0).flatten(1).mean(1)
         norm = chains[path].norm if path in chains else None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lq.point_search.inputs import Batches, Forward, StopForward, run
 
-__all__ = ["find_blocks", "inputs_of", "outputs_of"]
+__all__ = ["BlockData", "find_blocks"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -48,61 +48,99 @@ def _block(model: nn.Module, path: str, layers: Sequence[str]) -> str:
     return path
 
 
-@torch.no_grad()
-def inputs_of(model: nn.Module, block: str, batches: Batches, forward: Forward | None = None) -> Tensor | None:
-    """All inputs of a block.
+class BlockData:
+    """Inputs and float outputs of one block after the other, in order of execution.
+
+    Where a block takes just what the one before it returned, its inputs are computed from those, not through the whole
+    network again.
 
     Args:
-        model: in evaluation mode.
-        block: its path.
+        model: quantized, in evaluation mode, changing block by block.
+        float_model: the same before quantization.
+        blocks: their paths, in order of execution.
         batches: on the model's device.
         forward: runs the model on a batch.
-
-    Returns:
-        Inputs, or None where it is not called once with one tensor alone.
     """
-    seen: list[Tensor] = []
-    plain = True
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        nonlocal plain
-        values = [v for v in (*args, *kwargs.values()) if v is not None]
-        plain = plain and len(values) == 1 and isinstance(values[0], Tensor) and len(args) == 1
-        if plain:
-            seen.append(values[0].detach().clone())
-        raise StopForward
+    def __init__(
+        self, model: nn.Module, float_model: nn.Module, blocks: Sequence[str], batches: Batches, forward: Forward | None
+    ) -> None:
+        """See which block feeds which."""
+        self.model, self.float_model = model, float_model
+        self.batches, self.forward = batches, forward
+        self.before = _links(float_model, blocks, batches, forward)
+        self.last: tuple[str, Tensor, Tensor] | None = None
 
-    handle = model.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
+    @torch.no_grad()
+    def of(self, block: str) -> tuple[Tensor | None, Tensor | None]:
+        """Inputs of a block in the quantized network, and outputs of its float twin on its own inputs.
+
+        Args:
+            block: its path.
+
+        Returns:
+            Two tensors, None where a block does not turn one tensor into one, called once.
+        """
+        module, twin = self.model.get_submodule(block), self.float_model.get_submodule(block)
+        if self.last is not None and self.before.get(block) == self.last[0]:
+            size = max(1, len(self.last[1]) // len(self.batches))
+            previous = self.model.get_submodule(self.last[0])
+            x: Tensor | None = torch.cat([previous(part) for part in self.last[1].split(size)])
+            target: Tensor | None = torch.cat([twin(part) for part in self.last[2].split(size)])
+        else:
+            x = self._seen(self.model, module, before=True)
+            target = self._seen(self.float_model, twin, before=False)
+        self.last = None if x is None or target is None else (block, x, target)
+        return x, target
+
+    def _seen(self, model: nn.Module, block: nn.Module, *, before: bool) -> Tensor | None:
+        """What goes into a block, or comes out of it, over all batches."""
+        seen: list[Tensor] = []
+        plain = True
+
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *output: Any) -> None:
+            nonlocal plain
+            values = output if output else [v for v in (*args, *kwargs.values()) if v is not None]
+            plain = plain and len(values) == 1 and isinstance(values[0], Tensor) and (bool(output) or len(args) == 1)
+            if plain:
+                seen.append(values[0].detach().clone())
+            raise StopForward
+
+        if before:
+            handle = block.register_forward_pre_hook(see, with_kwargs=True)
+        else:
+            handle = block.register_forward_hook(see, with_kwargs=True)
+        try:
+            run(model, self.batches, self.forward)
+        finally:
+            handle.remove()
+        usable = plain and len(seen) == len(self.batches) and len({x.shape[1:] for x in seen}) == 1
+        return torch.cat(seen) if usable else None
+
+
+def _links(model: nn.Module, blocks: Sequence[str], batches: Batches, forward: Forward | None) -> dict[str, str]:
+    """Block to the one before it, where it takes that one's output as it is and both are called once."""
+    outputs: dict[int, str] = {}
+    alive: list[Any] = []  # identities are unique only among objects that live
+    calls: dict[str, int] = {}
+    links: dict[str, str] = {}
+    handles = []
+    for path in blocks:
+
+        def enter(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            calls[path] = calls.get(path, 0) + 1
+            if len(args) == 1 and id(args[0]) in outputs:
+                links[path] = outputs[id(args[0])]
+
+        def leave(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
+            alive.append(output)
+            outputs[id(output)] = path
+
+        module = model.get_submodule(path)
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
-        run(model, batches, forward)
+        run(model, batches[:1], forward)
     finally:
-        handle.remove()
-    sizes = {x.shape[1:] for x in seen}
-    return torch.cat(seen) if plain and len(sizes) == 1 else None
-
-
-@torch.no_grad()
-def outputs_of(model: nn.Module, block: str, batches: Batches, forward: Forward | None = None) -> Tensor | None:
-    """All outputs of a block.
-
-    Args:
-        model: in evaluation mode.
-        block: its path.
-        batches: on the model's device.
-        forward: runs the model on a batch.
-
-    Returns:
-        Outputs, or None where it is not called exactly once or returns something else than one tensor.
-    """
-    seen: list[Any] = []
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output.detach().clone() if isinstance(output, Tensor) else None)
-
-    handle = model.get_submodule(block).register_forward_hook(keep)
-    try:
-        run(model, batches, forward)
-    finally:
-        handle.remove()
-    usable = len(seen) == len(batches) and all(isinstance(y, Tensor) for y in seen)
-    return torch.cat(seen) if usable and len({y.shape[1:] for y in seen}) == 1 else None
+        for handle in handles:
+            handle.remove()
+    return {path: before for path, before in links.items() if calls[path] == calls[before] == 1}

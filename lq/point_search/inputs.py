@@ -209,9 +209,13 @@ def hessians(
     return sums
 
 
-def has_patches(layer: nn.Module) -> bool:
-    """Whether `input_patches` knows a layer."""
-    return isinstance(layer, LAYER_TYPES) and not isinstance(layer, nn.Conv3d) and not is_transposed(layer)
+def with_patches(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of the layers that `input_patches` knows."""
+    return {
+        path: layer
+        for path, layer in layers.items()
+        if isinstance(layer, LAYER_TYPES) and not isinstance(layer, nn.Conv3d) and not is_transposed(layer)
+    }
 
 
 def input_patches(layer: nn.Module, x: Tensor) -> Tensor:

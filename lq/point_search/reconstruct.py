@@ -16,6 +16,7 @@ __all__ = ["LearnedRounding", "reconstruct_block"]
 
 _WARMUP = 0.2  # share of the iterations without a penalty on undecided weights
 _PENALTY = 0.01
+_TRAVEL = 10.0  # sum of the steps of Adam, halved by the cosine: from one end of the sigmoid to the other
 _SHARPNESS = (20.0, 2.0)
 
 
@@ -25,10 +26,11 @@ class LearnedRounding(nn.Module):
     Args:
         quantizer: whose levels are used.
         weight: float weight.
+        rounded: weight that was rounded with care, towards which the start leans, or None.
     """
 
-    def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
-        """Start where the weights are, by no more than the ends of the range."""
+    def __init__(self, quantizer: Quantizer, weight: Tensor, rounded: Tensor | None = None) -> None:
+        """Start where the weights are, or half-way from there to where they were rounded to."""
         super().__init__()
         self.layout, self.shape = quantizer.layout, weight.shape
         rows = self.layout.rows(weight.detach())
@@ -36,7 +38,11 @@ class LearnedRounding(nn.Module):
         below = torch.searchsorted(levels[:, 1:-1].contiguous(), rows.contiguous(), right=True)
         self.low = levels.gather(1, below)
         self.gap = levels.gather(1, below + 1) - self.low
-        self.v = nn.Parameter(rounding_start((rows - self.low) / self.gap.clamp_min(1e-12)))
+        position = ((rows - self.low) / self.gap.clamp_min(1e-12)).clamp(0, 1)
+        if rounded is not None:
+            above = self.layout.rows(rounded.detach()) > self.low + self.gap / 2
+            position = (position + above) / 2
+        self.v = nn.Parameter(rounding_start(position))
         self.factor = nn.Parameter(torch.ones(len(rows), 1, device=rows.device, dtype=rows.dtype))
 
     def forward(self, _: Tensor) -> Tensor:
@@ -67,6 +73,7 @@ class _Dropped(nn.Module):
 def reconstruct_block(
     block: nn.Module,
     layers: Mapping[str, QuantLayer],
+    weights: Mapping[str, Tensor],
     x: Tensor,
     target: Tensor,
     spec: SearchSpec,
@@ -75,11 +82,13 @@ def reconstruct_block(
     """Learn rounding and scales of a block so that its outputs come near those of the float block, in place.
 
     The loss is the squared error relative to the mean square of the target, summed over channels, plus a penalty on
-    weights that have not decided. Afterwards every weight is one of its quantizer's levels.
+    weights that have not decided. Afterwards every weight is one of its quantizer's levels; where the error of the block
+    would have grown, everything is as it was.
 
     Args:
         block: holds the layers; in evaluation mode.
         layers: path to layer, those whose rounding is learned.
+        weights: path to float weight; where the layer's own differs from it, that was rounded with care.
         x: inputs of the block in the quantized network.
         target: outputs of the float block.
         spec: iterations, batch size, learning rates, drop, seed.
@@ -98,7 +107,8 @@ def reconstruct_block(
     if not before < float("inf"):
         raise ValueError("the error of a block must be finite, got NaN or infinity: check the model and the batches")
     generator = torch.Generator().manual_seed(spec.search_seed)
-    roundings = {path: LearnedRounding(layer.weight_quantizer, layer.float_weight()) for path, layer in layers.items()}
+    state = {name: value.clone() for name, value in block.state_dict().items()}
+    roundings = {path: _rounding(layer, weights[path]) for path, layer in layers.items()}
     kept = {path: (layer.weight_quantizer, layer.input_quantizer) for path, layer in layers.items()}
     inputs = [q for _, q in kept.values() if q is not None and q.is_calibrated]
     optimizer = _optimizer(list(roundings.values()), [q.quantizer.scale for q in inputs], spec)
@@ -128,13 +138,22 @@ def reconstruct_block(
             p.requires_grad_(flag)
     for path, layer in layers.items():
         _settle(layer, roundings[path])
-    return before, _error(block, x, target, spec.reconstruct_batch_size) / float(scale)
+    after = _error(block, x, target, spec.reconstruct_batch_size) / float(scale)
+    if not after < before:  # too few iterations: what there was is better
+        block.load_state_dict(state)
+    return before, after
+
+
+def _rounding(layer: QuantLayer, weight: Tensor) -> LearnedRounding:
+    own = layer.float_weight().detach()
+    return LearnedRounding(layer.weight_quantizer, weight, None if torch.equal(own, weight) else own)
 
 
 def _optimizer(
     roundings: list[LearnedRounding], input_scales: list[nn.Parameter], spec: SearchSpec
 ) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [{"params": [r.v for r in roundings], "lr": spec.reconstruct_lr}]
+    rate = min(0.1, _TRAVEL / spec.reconstruct) if spec.reconstruct_lr is None else spec.reconstruct_lr
+    groups: list[dict[str, Any]] = [{"params": [r.v for r in roundings], "lr": rate}]
     if spec.scale_lr:
         groups.append({"params": [r.factor for r in roundings], "lr": spec.scale_lr})
         # input scales have a size of their own, of which a step takes the same share

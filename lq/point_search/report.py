@@ -88,6 +88,12 @@ class BlockResult:
     after: float | None = None
     skipped: str = ""
 
+    @property
+    def kept(self) -> str:
+        """Remark where the block was left as it was because its error would have grown."""
+        worse = self.before is not None and self.after is not None and not self.after < self.before
+        return ", left as it was" if worse else ""
+
 
 @dataclass(frozen=True)
 class SearchReport:
@@ -149,7 +155,7 @@ class SearchReport:
         if self.blocks:
             lines.append("reconstructed blocks, error relative to the float output before and after:")
             lines += [
-                f"  {b.path}: {b.skipped}" if b.skipped else f"  {b.path}: {b.before:.4g} -> {b.after:.4g}"
+                f"  {b.path}: {b.skipped}" if b.skipped else f"  {b.path}: {b.before:.4g} -> {b.after:.4g}{b.kept}"
                 for b in self.blocks
             ]
         return "\n".join([*lines, *self.notes])

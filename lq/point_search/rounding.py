@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from lq.functional.feedback import error_feedback
 from lq.functional.points import nearest_point
 from lq.nn import QuantLayer, weight_key
-from lq.point_search.blocks import find_blocks, inputs_of, outputs_of
-from lq.point_search.inputs import Batches, Forward, has_patches, hessians
+from lq.point_search.blocks import BlockData, find_blocks
+from lq.point_search.inputs import Batches, Forward
 from lq.point_search.reconstruct import reconstruct_block
 from lq.point_search.report import BlockResult
 from lq.point_search.store import Store, digest_of
@@ -31,47 +31,36 @@ def _obstacle(layer: QuantLayer, uses: Counter[int]) -> str:
 
 @torch.no_grad()
 def feed_back(
-    model: nn.Module,
-    layers: Mapping[str, QuantLayer],
-    batches: Batches,
-    forward: Forward | None = None,
-    *,
-    progress: bool = True,
+    layers: Mapping[str, QuantLayer], products: Mapping[str, Tensor], *, progress: bool = True
 ) -> dict[str, str]:
     """Round the weights of each layer with error feedback, in place: they become levels of their quantizers.
 
-    The inputs are those of the network with all weights rounded to nearest.
-
     Args:
-        model: with quantized layers, in evaluation mode.
         layers: path to layer.
-        batches: on the model's device.
-        forward: runs the model on a batch.
+        products: from `lq.point_search.inputs.hessians`, of the float network: of one whose weights are all rounded to
+            nearest they would be those of a network that may no longer work.
         progress: whether to show a progress bar.
 
     Returns:
         Path to "" where it was done, else to the reason why not.
     """
     uses = Counter(weight_key(layer) for layer in layers.values())
-    done = {path: _obstacle(layer, uses) for path, layer in layers.items()}
-    for path, layer in layers.items():
-        if not done[path] and not has_patches(layer):
-            done[path] = "its patches cannot be laid out: it is transposed or three-dimensional"
-    usable = {path: layer for path, layer in layers.items() if not done[path]}
-    products = hessians(model, usable, batches, forward)
-    for path, layer in tqdm(usable.items(), desc="error feedback", unit="layer", disable=not progress):
-        if path not in products:
-            done[path] = "the batches did not reach it"
+    done = {}
+    for path, layer in tqdm(layers.items(), desc="error feedback", unit="layer", disable=not progress):
+        done[path] = _obstacle(layer, uses)
+        if not done[path] and path not in products:
+            done[path] = "it is transposed or three-dimensional, or the batches did not reach it"
+        if done[path]:
             continue
         weight = cast(Tensor, layer.weight)
         groups = len(products[path])
         rows = weight.reshape(groups, weight.shape[0] // groups, -1)
-        rounded = error_feedback(rows, products[path], _nearest(layer, groups))
+        rounded = error_feedback(rows, products[path], _nearest(layer))
         weight.copy_(rounded.reshape(weight.shape))
     return done
 
 
-def _nearest(layer: QuantLayer, groups: int) -> Callable[[Tensor], Tensor]:
+def _nearest(layer: QuantLayer) -> Callable[[Tensor], Tensor]:
     """Nearest level of one weight of each output channel, shape ``(groups, channels)`` to the same."""
     levels = layer.weight_quantizer.level_values()
     per_channel = levels.dim() == 2
@@ -114,13 +103,14 @@ def reconstruct(
     layers = {path: cast(QuantLayer, model.get_submodule(path)) for path in order}
     uses = Counter(weight_key(layer) for layer in layers.values())
     blocks = find_blocks(model, order)
+    data = BlockData(model, float_model, list(blocks), batches, forward)
     digest = digest_of(_everything(model, batches), {"spec": spec.to_dict()})
     results = []
     bar = tqdm(total=len(blocks) * spec.reconstruct, desc="reconstructing", unit="step", disable=not progress)
     for path, inside in blocks.items():
         bar.set_postfix_str(path)
-        stored = store.load(f"block-{path}", digest)
         block = model.get_submodule(path)
+        stored = store.load(f"block-{path}", digest)
         if stored is not None:
             block.load_state_dict(stored[0])
             results.append(BlockResult(**{**stored[1], "layers": tuple(stored[1]["layers"])}))
@@ -129,12 +119,12 @@ def reconstruct(
         usable = {name: layers[name] for name in inside if not _obstacle(layers[name], uses)}
         result = BlockResult(path, tuple(usable), skipped="no layer whose rounding can be learned")
         if usable:
-            x = inputs_of(model, path, batches, forward)
-            target = outputs_of(float_model, path, batches, forward)
+            x, target = data.of(path)
             if x is None or target is None:
                 result = BlockResult(path, tuple(usable), skipped="it does not turn one tensor into one, once")
             else:
-                before, after = reconstruct_block(block, usable, x, target, spec, bar.update)
+                floats = {name: cast(Tensor, float_model.get_submodule(name).weight) for name in usable}
+                before, after = reconstruct_block(block, usable, floats, x, target, spec, bar.update)
                 result = BlockResult(path, tuple(usable), before, after)
         results.append(result)
         store.save(f"block-{path}", digest, block.state_dict(), result)

@@ -18,7 +18,7 @@ from lq.point_search.adopt import adopt
 from lq.point_search.bias import correct_biases, mean_inputs
 from lq.point_search.fold import equalize, fold_batch_norms
 from lq.point_search.graph import Chain, trace_chains
-from lq.point_search.inputs import Forward, fisher_importance, input_importance, run
+from lq.point_search.inputs import Forward, fisher_importance, hessians, input_importance, run, with_patches
 from lq.point_search.layer import search_layer
 from lq.point_search.report import LayerResult, SearchReport
 from lq.point_search.rounding import feed_back, reconstruct
@@ -115,15 +115,15 @@ class _Search:
         layers = {path: model.get_submodule(path) for path in names}
         importance = self._importance(layers)
         means = mean_inputs(model, layers, self.data, self.forward) if spec.bias_correction else {}
+        products = hessians(model, with_patches(layers), self.data, self.forward) if self._feeds_back else {}
         float_model = copy.deepcopy(model) if spec.reconstruct else model
         swap = self._search_layers(plan, importance)
         quantized = {path: layer for path, layer in named_quantized_layers(model).items() if path in self.results}
         if spec.activation is not None:
             calibrate_inputs(model, named_quantized_layers(model), self.data, self.forward)
-        corrected = correct_biases(model, quantized, means, chains) if spec.bias_correction else []
-        fed_back: Mapping[str, str] = {}
-        if spec.rounding == "error_feedback":
-            fed_back = feed_back(model, quantized, self.data, self.forward, progress=self.progress)
+        floats = {path: layer.float_weight().detach().clone() for path, layer in quantized.items() if path in means}
+        fed_back = feed_back(quantized, products, progress=self.progress) if self._feeds_back else {}
+        corrected = correct_biases(model, quantized, floats, means, chains) if spec.bias_correction else []
         blocks = ()
         if spec.reconstruct:
             ordered = [p for p in order or names if p in quantized]
@@ -132,6 +132,10 @@ class _Search:
             )
         rows = tuple(self._with_input(row, quantized[path]) for path, row in self.results.items())
         return SearchReport(rows, swap, folded, equalized, tuple(corrected), fed_back, tuple(blocks), tuple(notes))
+
+    @property
+    def _feeds_back(self) -> bool:
+        return self.spec.rounding == "error_feedback"
 
     def _prepare(self) -> tuple[dict[str, str], dict[str, str], dict[str, Chain], list[str]]:
         """Fold and equalize, and see that the network computes what it did."""

@@ -43,7 +43,7 @@ def digest_of(tensors: Iterable[Tensor | None], settings: Mapping[str, Any]) -> 
             continue
         plain = tensor.detach().cpu().contiguous()
         total.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        total.update(memoryview(plain.flatten().view(torch.uint8).numpy()))
+        total.update(plain.flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
