@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lq.nn import CappedReLU, is_transposed
 from lq.spec import LayerSpec, QuantSpec
 from lq.surgery import layer_specs, quantize_model, set_widths
 
@@ -25,10 +26,12 @@ def checkpoint_entry(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         spec: the spec it was quantized with.
 
     Returns:
-        Version, spec, and the spec of every layer.
+        Version, spec, the spec of every layer, and which parts a search may have added: caps and biases.
     """
     layers = {path: layer.to_dict() for path, layer in layer_specs(model).items()}
-    return {"version": VERSION, "spec": spec.to_dict(), "layers": layers}
+    caps = {path: module.cap.numel() for path, module in model.named_modules() if isinstance(module, CappedReLU)}
+    biases = [path for path in layers if model.get_submodule(path).bias is not None]
+    return {"version": VERSION, "spec": spec.to_dict(), "layers": layers, "caps": caps, "biases": biases}
 
 
 def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpec) -> None:
@@ -75,7 +78,25 @@ def _restore_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
             f"the checkpoint must have the model's quantized layers, got others: only in the model {extra}, only in "
             f"the checkpoint {missing}. Build the same model, or start anew without ckpt_path"
         )
-    set_widths(model, saved)
+    set_widths(model, saved, calibrate=False)
+
+
+def _rebuild(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Make a float model what the checkpoint's was, but for the values that its weights will bring."""
+    layers = {path: LayerSpec(**values) for path, values in entry["layers"].items()}
+    plain = {"quantizer": "lsq", "scale_init": "max"}  # levels come from the file: nothing is to be searched for them
+    overrides = {path: {**spec.to_dict(), **plain} for path, spec in layers.items()}
+    quantize_model(model, QuantSpec(include=list(layers), overrides=overrides, first_last_bits=None))
+    _restore_layers(model, entry)
+    for path, channels in entry.get("caps", {}).items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, CappedReLU(torch.ones(channels)))
+    for path in entry.get("biases", ()):
+        layer = model.get_submodule(path)
+        if layer.bias is None:
+            weight = cast(Tensor, layer.weight)
+            channels = weight.shape[1] * cast(int, layer.groups) if is_transposed(layer) else weight.shape[0]
+            layer.bias = nn.Parameter(torch.zeros(channels))
 
 
 def load_from_checkpoint(
@@ -106,8 +127,7 @@ def load_from_checkpoint(
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         load(self, checkpoint)
         entry = _entry(checkpoint)
-        quantize_model(self, QuantSpec.from_dict(entry["spec"]))
-        _restore_layers(self, entry)
+        _rebuild(self, entry)
 
     # Lightning calls this hook of the class it is given between building the module and loading the weights
     loader = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})

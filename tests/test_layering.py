@@ -16,10 +16,11 @@ LAYERS = [
     {"quantizers"},
     {"nn", "models"},
     {"surgery", "calibration", "network", "scale_rules"},
-    {"metrics", "tracking", "exporting", "checkpoints", "point_search"},
+    {"point_search"},
+    {"metrics", "tracking", "exporting", "checkpoints"},
     {"data", "classifier"},
     {"callbacks"},
-    {"experiment"},
+    {"experiment", "search_experiment"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -2,13 +2,15 @@
 
 import os
 import sys
+from importlib import import_module
 
 __all__ = ["main"]
 
 _USAGE = """\
-usage: lq {train,compare} ...
+usage: lq {train,search,compare} ...
 
   train     train a quantized network, or a sweep of them       lq train --help
+  search    quantize a trained network without training it      lq search --help
   compare   print the runs of a sweep side by side              lq compare --help
 """
 
@@ -20,25 +22,24 @@ def main() -> None:
         from lq.cli.compare import main as compare
 
         compare(rest)
-    elif command == "train":
-        _train(rest)
+    elif command in ("train", "search"):
+        _hydra(command, rest)
     elif command in ("-h", "--help"):
         print(_USAGE, end="")
     else:
-        sys.exit(f"lq: command must be train or compare, got {command!r}\n\n{_USAGE}")
+        sys.exit(f"lq: command must be train, search or compare, got {command!r}\n\n{_USAGE}")
 
 
-def _train(rest: list[str]) -> None:
+def _hydra(command: str, rest: list[str]) -> None:
     from lq._paths import home
 
     if {"-h", "--help"} & set(rest):
-        from lq.cli.help import train_help
+        from lq.cli.help import help_text
 
-        print(train_help())
+        print(help_text(command))
         return
-    os.environ["LQ_HOME"] = str(home())  # where conf/config.yaml looks for recipes
-    from lq.cli import train
-
+    os.environ["LQ_HOME"] = str(home())  # where the configuration looks for recipes
+    module = import_module(f"lq.cli.{command}")
     # under Hydra, Lightning starts the processes of further devices from this path and these arguments
-    sys.argv = [train.__file__, *rest]
-    train.main()
+    sys.argv = [str(module.__file__), *rest]
+    module.main()

@@ -14,16 +14,25 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from lq.callbacks import AnnealSpec, LearnedQuantization
 from lq.classifier import Classifier
 from lq.cli.schema import schema
-from lq.data import CIFAR10Data, DigitsData, ImageFolderData
+from lq.data import CIFAR10Data, DigitsData, ImageFolderData, ImagePackData
 from lq.experiment import Settings
 from lq.models import create_model
 from lq.spec import QuantSpec
 from lq.tracking.mlflow import mlflow_logger
 
-__all__ = ["GROUPS", "TrainConfig", "build", "register"]
+__all__ = ["GROUPS", "TrainConfig", "build", "doc", "given_overrides", "register"]
 
 
-def _doc(text: str, default: Any) -> Any:
+def doc(text: str, default: Any) -> Any:
+    """Field of a schema with its line of documentation.
+
+    Args:
+        text: for the help.
+        default: of the field.
+
+    Returns:
+        The dataclass field.
+    """
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
@@ -41,13 +50,13 @@ class TrainConfig:
     trainer: Any = MISSING
     logger: Any = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
-    experiment: str = _doc("name under which the tracking store groups runs.", "lq")
-    seed: int = _doc("of everything that is random.", 0)
-    pretrain_epochs: int = _doc("float epochs before quantization; 0 where model.checkpoint is a float network.", 0)
-    pretrain_lr: float = _doc("peak learning rate of those.", 0.1)
-    select: str = _doc('which network is stored: "best" on the held-out images, or "last".', "best")
-    ckpt_path: str | None = _doc("checkpoint to resume the quantized stage from.", None)
-    output_dir: str = _doc("folder for checkpoints, logs and codes.", MISSING)
+    experiment: str = doc("name under which the tracking store groups runs.", "lq")
+    seed: int = doc("of everything that is random.", 0)
+    pretrain_epochs: int = doc("float epochs before quantization; 0 where model.checkpoint is a float network.", 0)
+    pretrain_lr: float = doc("peak learning rate of those.", 0.1)
+    select: str = doc('which network is stored: "best" on the held-out images, or "last".', "best")
+    ckpt_path: str | None = doc("checkpoint to resume the quantized stage from.", None)
+    output_dir: str = doc("folder for checkpoints, logs and codes.", MISSING)
 
 
 GROUPS: dict[str, dict[str, type[Any]]] = {
@@ -56,6 +65,7 @@ GROUPS: dict[str, dict[str, type[Any]]] = {
         "schema_digits": schema(DigitsData),
         "schema_cifar10": schema(CIFAR10Data),
         "schema_imagefolder": schema(ImageFolderData),
+        "schema_imagepack": schema(ImagePackData),
     },
     "optimizer": {"schema": schema(Classifier, instantiate=False, skip=("model", "prefix"))},
     "quantizer": {"schema": schema(QuantSpec, instantiate=False)},
@@ -103,7 +113,7 @@ def build(config: DictConfig) -> Settings:
         loggers=[logger] if logger else [],
         callbacks=[instantiate(node) for node in config.callbacks.values() if node],
         output_dir=Path(config.output_dir),
-        description={**plain, "overrides": _overrides()},
+        description={**plain, "overrides": given_overrides()},
         **{name: plain[name] for name in ("seed", "pretrain_epochs", "pretrain_lr", "select", "ckpt_path")},
     )
 
@@ -122,5 +132,6 @@ def run_name(plain: dict[str, Any]) -> str:
     return f"{plain['model']['name']} {spec.quantizer} W{spec.weight_codes.bits}A{inputs}"
 
 
-def _overrides() -> str:
+def given_overrides() -> str:
+    """What was overridden on the command line, as one line."""
     return " ".join(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ""

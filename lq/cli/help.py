@@ -1,4 +1,4 @@
-"""``lq train --help``: groups and fields with one line each, read from the schemas."""
+"""``lq train --help`` and ``lq search --help``: groups and fields with one line each, read from the schemas."""
 
 import dataclasses
 import textwrap
@@ -8,11 +8,12 @@ from omegaconf import MISSING
 
 from lq._paths import home
 from lq.cli.config import GROUPS, TrainConfig
+from lq.cli.search_config import SEARCH_GROUPS, SearchConfig
 
-__all__ = ["train_help"]
+__all__ = ["help_text"]
 
 _WIDTH = 118
-_HEAD = """\
+_TRAIN = """\
 lq train: train a quantized network, float stage first if asked, tracked in MLflow.
 
 Usage:
@@ -23,16 +24,34 @@ Usage:
 """
 
 
-def train_help() -> str:
+_SEARCH = """\
+lq search: quantize a trained network without training it, tracked in MLflow.
+
+Usage:
+  lq search [recipes=NAME] [GROUP=OPTION] [FIELD=VALUE] ...     one run; without arguments: handwritten digits
+  lq search -m search.bits=2,3,4 search.importance=null,inputs  a sweep: one parent run, a nested run per job
+  lq search --cfg job [...]                                     print the composed configuration and stop
+  lq search --hydra-help                                        Hydra's own flags
+"""
+
+
+def help_text(command: str) -> str:
     """The whole text.
+
+    Args:
+        command: "train" or "search".
 
     Returns:
         Lines for a terminal.
     """
-    lines = [_HEAD, "Groups (GROUP=OPTION):", _entry("recipes", ", ".join(_options(home() / "recipes")))]
-    lines += [_entry(group, ", ".join(_options(home() / "conf" / group))) for group in _groups()]
-    lines += ["", "Fields of the top level:", *_fields(TrainConfig, "")]
-    for group, schemas in GROUPS.items():
+    searching = command == "search"
+    head, top, groups = (_SEARCH, SearchConfig, SEARCH_GROUPS) if searching else (_TRAIN, TrainConfig, GROUPS)
+    recipes = [r for r in _options(home() / "recipes") if r.startswith("search_") == searching]
+    names = [g for g in _groups() if g in {f.name for f in dataclasses.fields(top)}]
+    lines = [head, "Groups (GROUP=OPTION):", _entry("recipes", ", ".join(recipes))]
+    lines += [_entry(group, ", ".join(_options(home() / "conf" / group))) for group in names]
+    lines += ["", "Fields of the top level:", *_fields(top, "")]
+    for group, schemas in groups.items():
         for name, node in schemas.items():
             option = name.removeprefix("schema").strip("_")
             lines += ["", f"Fields of {group}{'=' + option if option else ''}:", *_fields(node, f"{group}.")]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lq.data.images import ImageData, Images
 
@@ -57,6 +58,11 @@ class ImagePackData(ImageData):
         pixels = torch.stack([self._read(blob[start:end]) for start, end in pairwise(offsets)])
         self.train = Images(pixels[::2], classes[::2], self.mean, self.std)
         self.val = self.test = Images(pixels[1::2], classes[1::2], self.mean, self.std)
+
+    @property
+    def calibration(self) -> Dataset:
+        """The half that is not scored."""
+        return self.train
 
     def _read(self, encoded: bytes) -> Tensor:
         image = torch.from_numpy(np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))).permute(2, 0, 1)

@@ -127,6 +127,26 @@ class ImageData(LightningDataModule):
             drop_last=shuffle,
         )
 
+    def calibration_batches(self, images: int, batch_size: int = 64) -> list[Batch]:
+        """Training images without augmentation, to calibrate on: drawn by the seed from those held out to monitor.
+
+        Args:
+            images: how many; all there are where there are fewer.
+            batch_size: images per batch.
+
+        Returns:
+            Batches of images ``(B, C, H, W)`` and classes ``(B,)``.
+        """
+        dataset = self.calibration
+        picks = np.random.default_rng(self.seed).permutation(len(dataset))[:images]  # type: ignore[arg-type]
+        loader = DataLoader(dataset, batch_size, sampler=picks.tolist(), collate_fn=self.collate)
+        return [tuple(batch) for batch in loader]  # type: ignore[misc]
+
+    @property
+    def calibration(self) -> Dataset:
+        """Training images without augmentation."""
+        return self.val
+
     def train_dataloader(self) -> DataLoader:
         """Augmented training images, shuffled by (seed, epoch)."""
         return self._loader(self.train, shuffle=True)

@@ -82,8 +82,8 @@ def reconstruct_block(
     """Learn rounding and scales of a block so that its outputs come near those of the float block, in place.
 
     The loss is the squared error relative to the mean square of the target, summed over channels, plus a penalty on
-    weights that have not decided. Afterwards every weight is one of its quantizer's levels; where the error of the block
-    would have grown, everything is as it was.
+    weights that have not decided. Afterwards every weight is one of its quantizer's levels; where the error of
+    the block would have grown, everything is as it was.
 
     Args:
         block: holds the layers; in evaluation mode.

@@ -211,12 +211,13 @@ def reassign_ends(model: nn.Module, spec: QuantSpec, order: Sequence[str]) -> Sw
     return swap_report(plan)
 
 
-def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
+def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec], *, calibrate: bool = True) -> None:
     """Change the code ranges of quantized layers to those of other specs, in place, resetting scales that change.
 
     Args:
         model: a quantized model.
         specs: path to spec; they must agree with the present ones in all but the widths and what follows from them.
+        calibrate: whether to set the new levels from the weights; False where a file will bring them.
     """
     rebuilt: dict[Quantizer, Quantizer] = {}
     for path, layer in named_quantized_layers(model).items():
@@ -226,23 +227,25 @@ def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
         assert isinstance(old, LayerSpec)
         layer.layer_spec = new  # type: ignore[assignment]
         if {new.quantizer, old.quantizer} & set(POINT_QUANTIZERS):
-            _rebuild(layer, new, rebuilt)
+            _rebuild(layer, new, rebuilt, calibrate)
             continue
         if layer.weight_quantizer.codes != new.weight_codes:
             layer.weight_quantizer.codes = new.weight_codes
-            layer.weight_quantizer.calibrate_(layer.float_weight(), new.scale_init)
+            if calibrate:
+                layer.weight_quantizer.calibrate_(layer.float_weight(), new.scale_init)
         if layer.input_quantizer is not None:
             layer.input_quantizer.set_ranges_(new.activation_codes)
 
 
-def _rebuild(layer: QuantLayer, spec: LayerSpec, rebuilt: dict[Quantizer, Quantizer]) -> None:
+def _rebuild(layer: QuantLayer, spec: LayerSpec, rebuilt: dict[Quantizer, Quantizer], calibrate: bool) -> None:
     """New quantizers around the old scales, which an optimizer may hold: other points need other buffers."""
     old, weight = layer.weight_quantizer, layer.float_weight()
     if old not in rebuilt:
         new = build_weight_quantizer(spec, old.layout, weight.numel())
         new.scale = old.scale
         rebuilt[old] = new.to(weight.device).train(old.training)
-        new.calibrate_(weight, spec.scale_init)
+        if calibrate:
+            new.calibrate_(weight, spec.scale_init)
     layer.weight_quantizer = rebuilt[old]
     inputs = build_activation_quantizer(spec)
     if inputs is not None and layer.input_quantizer is not None:

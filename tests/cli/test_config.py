@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from lq._paths import home
 from lq.callbacks import HoldAtAlignment
 from lq.cli.config import GROUPS, build, register
-from lq.cli.help import train_help
+from lq.cli.help import help_text
 from lq.cli.schema import argument_docs
 from lq.experiment import run
 from lq.spec import QuantSpec
@@ -124,7 +124,7 @@ def test_bad_values_are_refused_by_what_they_configure():
 
 
 def test_help_has_a_line_for_every_group_and_field():
-    text = train_help()
+    text = help_text("train")
     for group, option in GROUP_OPTIONS:
         assert group in text
         assert option in text

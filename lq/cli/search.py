@@ -1,0 +1,41 @@
+"""``lq search``: compose, instantiate, run."""
+
+import logging
+import warnings
+
+import hydra
+from omegaconf import DictConfig
+
+from lq._paths import home
+from lq.cli.config import register
+from lq.cli.search_config import build_search, register_search
+from lq.search_experiment import run_search
+from lq.tracking.mlflow import default_tracking_uri, ui_command
+
+__all__ = ["main"]
+
+register()
+register_search()
+
+
+@hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name="search_config")
+def main(config: DictConfig) -> float:
+    """Search, print the report and the outcome, and return the accuracy, which sweepers optimise.
+
+    Args:
+        config: composed by Hydra.
+
+    Returns:
+        Test accuracy of the searched network.
+    """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    outcome = run_search(build_search(config))
+    print(f"\n{outcome.report}\n\n{outcome}")
+    if "experiment" in config.logger:
+        print(f"\nCompare runs in the browser:  {ui_command(config.logger.tracking_uri or default_tracking_uri())}")
+    return outcome.quantized_accuracy
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The recipes' post-training run, from a float network to a searched, tracked, stored one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from lq.checkpoints import checkpoint_entry
+from lq.classifier import Classifier
+from lq.data import ImageData
+from lq.exporting import save_codes
+from lq.network import NetworkSize, network_size
+from lq.point_search import SearchReport, search
+from lq.search_spec import SearchSpec
+from lq.text import format_table
+from lq.tracking import is_mlflow, log_rows, log_text, network_metrics
+from lq.tracking.search_figures import accuracy_figure, loss_figure, points_figure
+
+__all__ = ["SearchOutcome", "SearchSettings", "run_search"]
+
+CODES, NETWORK = "quantized.safetensors", "network.ckpt"
+
+
+@dataclass
+class SearchSettings:
+    """Everything a search run needs, built.
+
+    Args:
+        model: arguments of `lq.models.create_model`.
+        spec: what the search does.
+        data: the DataModule.
+        trainer: arguments of the Trainer that tests, and trains the float network where asked.
+        loggers: Lightning loggers.
+        output_dir: folder for the network, its codes, and what is kept of an interrupted search.
+        seed: of everything that is random.
+        calibration_images: training images that the search may look at.
+        calibration_batch_size: images per batch of those.
+        pretrain_epochs: float epochs first; 0 where model.checkpoint holds a float network.
+        pretrain_lr: learning rate of those.
+        description: the whole configuration, for the tracking store.
+    """
+
+    model: dict[str, Any]
+    spec: SearchSpec
+    data: ImageData
+    trainer: dict[str, Any]
+    loggers: list[Any]
+    output_dir: Path
+    seed: int = 0
+    calibration_images: int = 512
+    calibration_batch_size: int = 64
+    pretrain_epochs: int = 0
+    pretrain_lr: float = 0.1
+    description: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """Figures of a finished search.
+
+    Args:
+        report: layer by layer.
+        float_accuracy: of the float network on the test set.
+        quantized_accuracy: of the searched network on the test set.
+        size: of its weights.
+        codes: file of codes, scales and points.
+        network: checkpoint for `lq.load_from_checkpoint`.
+    """
+
+    report: SearchReport
+    float_accuracy: float
+    quantized_accuracy: float
+    size: NetworkSize
+    codes: Path
+    network: Path
+
+    def __str__(self) -> str:
+        """A short table."""
+        size = self.size
+        rows = [
+            ("test accuracy, float", f"{self.float_accuracy:.2%}"),
+            ("test accuracy, searched", f"{self.quantized_accuracy:.2%}"),
+            ("weights, float", f"{size.float_bytes:,} bytes"),
+            ("weights, searched", f"{size.packed_bytes:,} bytes ({size.bits_per_weight:.2f} bits each)"),
+            ("seconds of search", f"{self.report.seconds:.1f}"),
+            ("codes, scales and points", str(self.codes)),
+            ("network", str(self.network)),
+        ]
+        return format_table(("result", "value"), rows)
+
+
+class _Entry(Callback):
+    """Writes into a checkpoint what its quantized layers are."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lq"] = self.entry
+
+
+def run_search(settings: SearchSettings) -> SearchOutcome:
+    """Test the float network, search, test again, store, and log all of it.
+
+    Args:
+        settings: what to do.
+
+    Returns:
+        The figures.
+    """
+    seed_everything(settings.seed, workers=True, verbose=False)
+    classifier = Classifier(settings.model, lr=settings.pretrain_lr)
+    settings.data.prepare_data()
+    settings.data.setup("fit")
+    for logger in settings.loggers:
+        logger.log_hyperparams(settings.description or {})
+        if is_mlflow(logger):
+            logger.experiment.log_dict(logger.run_id, settings.description or {}, "config.yaml")
+    try:
+        outcome = _run(settings, classifier)
+    except BaseException:
+        for logger in settings.loggers:
+            logger.finalize("failed")
+        raise
+    for logger in settings.loggers:
+        logger.finalize("success")
+    return outcome
+
+
+def _run(settings: SearchSettings, classifier: Classifier) -> SearchOutcome:
+    if settings.pretrain_epochs:
+        classifier.prefix = "float/"
+        print("Float pre-training")
+        _trainer(settings, max_epochs=settings.pretrain_epochs).fit(classifier, settings.data)
+    float_accuracy, _ = _test(settings, classifier, "float/")
+    batches = settings.data.calibration_batches(settings.calibration_images, settings.calibration_batch_size)
+    report = search(classifier.model, batches, settings.spec, folder=settings.output_dir / "search")
+    accuracy, trainer = _test(settings, classifier, "", _Entry(checkpoint_entry(classifier, settings.spec)))
+    network = settings.output_dir / NETWORK
+    trainer.save_checkpoint(network, weights_only=True)
+    codes = save_codes(classifier, settings.output_dir / CODES)
+    outcome = SearchOutcome(report, float_accuracy, accuracy, network_size(classifier), codes, network)
+    for logger in settings.loggers:
+        logger.log_metrics(network_metrics(classifier))
+    log_text(settings.loggers, "lq/search_report.txt", str(report))
+    log_text(settings.loggers, "lq/outcome.txt", str(outcome))
+    log_rows(settings.loggers, "lq/search_report.json", report.to_dicts())
+    for logger in settings.loggers:
+        if is_mlflow(logger):
+            store, run_id = logger.experiment, logger.run_id
+            for path in (codes, network):
+                store.log_artifact(run_id, str(path), "lq")
+            store.log_figure(run_id, points_figure(classifier), "lq/points.png")
+            store.log_figure(run_id, loss_figure(report), "lq/loss.png")
+            store.log_figure(run_id, accuracy_figure(float_accuracy, accuracy), "lq/accuracy.png")
+    return outcome
+
+
+def _test(settings: SearchSettings, classifier: Classifier, prefix: str, *callbacks: Callback) -> tuple[float, Trainer]:
+    classifier.prefix = prefix
+    trainer = _trainer(settings, callbacks=list(callbacks))
+    results = trainer.test(classifier, settings.data, verbose=False)
+    classifier.prefix = ""
+    return results[0][f"{prefix}test/acc"], trainer
+
+
+def _trainer(settings: SearchSettings, **changes: Any) -> Trainer:
+    arguments: dict[str, Any] = {
+        **settings.trainer,
+        "logger": settings.loggers,
+        "default_root_dir": settings.output_dir,
+        "enable_checkpointing": False,
+        "enable_autolog_hparams": False,
+        **changes,
+    }
+    return Trainer(**arguments)
