@@ -119,7 +119,7 @@ def _block_sums(rows: SortedRows, blocks: int, power: int) -> Tensor:
     height = max(1, _AT_ONCE // (channels * blocks * block))
     for g in range(0, segments, height):
         part = slice(g, g + height)
-        distance = values[:, part].double().sub_(rows.centres[:, part, None, None])
+        distance = values[:, part].double() - rows.centres[:, part, None, None]
         first = max(0, rows.count - g * blocks * block)  # what is padding counts nothing
         distance.view(channels, -1)[:, first:] = 0
         term = distance if weights is None else weights[:, part]
