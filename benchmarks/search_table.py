@@ -46,7 +46,7 @@ ALONE = {
     "per tensor: subset": {"granularity": "tensor"},
     "per tensor: subset, equalization, bias": {"granularity": "tensor", "equalize": True, "bias_correction": True},
 }
-FIELDS = ("network", "weights", "activations", "method", "seed", "iterations", "accuracy", "float", "search_seconds")
+FIELDS = "network weights activations method seed iterations accuracy float search_seconds".split()
 
 
 def rows(key: bool, iterations: int) -> dict[str, dict]:

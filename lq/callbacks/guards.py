@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -12,7 +12,7 @@ from torch import nn
 from lq.functional import LevelStatistics
 from lq.network import scale_parameters
 from lq.nn import QuantLayer, named_quantized_layers
-from lq.spec import LayerSpec, QuantSpec
+from lq.spec import POINT_QUANTIZERS, LayerSpec, QuantSpec
 from lq.surgery import Found
 
 __all__ = [
@@ -61,6 +61,9 @@ def check_same_spec(found: Sequence[Found], spec: QuantSpec) -> None:
         ValueError: naming a layer and what differs.
     """
     layers = {f.path: f for f in found if isinstance(f.module, QuantLayer)}
+    own = {cast(LayerSpec, f.module.layer_spec).quantizer for f in layers.values()}
+    if spec.quantizer in POINT_QUANTIZERS and spec.quantizer in own:
+        return  # `lq.search` chose the levels of each layer, and they stay as they are
     wanted = {
         path: [spec.layer(path, class_names=f.class_names, first_or_last=end).to_dict() for end in (False, True)]
         for path, f in layers.items()

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from lq.functional.feedback import error_feedback
 from lq.functional.points import nearest_point
-from lq.nn import QuantLayer, weight_key
+from lq.nn import QuantLayer, named_quantized_layers, weight_key
 from lq.point_search.blocks import BlockData, find_blocks
 from lq.point_search.inputs import Batches, Forward
 from lq.point_search.reconstruct import reconstruct_block
@@ -31,11 +31,16 @@ def _obstacle(layer: QuantLayer, uses: Counter[int]) -> str:
 
 @torch.no_grad()
 def feed_back(
-    layers: Mapping[str, QuantLayer], products: Mapping[str, Tensor], *, progress: bool = True
+    model: nn.Module,
+    layers: Mapping[str, QuantLayer],
+    products: Mapping[str, Tensor],
+    *,
+    progress: bool = True,
 ) -> dict[str, str]:
     """Round the weights of each layer with error feedback, in place: they become levels of their quantizers.
 
     Args:
+        model: with quantized layers, in evaluation mode.
         layers: path to layer.
         products: from `lq.point_search.inputs.hessians`, of the float network: of one whose weights are all rounded to
             nearest they would be those of a network that may no longer work.
@@ -44,7 +49,7 @@ def feed_back(
     Returns:
         Path to "" where it was done, else to the reason why not.
     """
-    uses = Counter(weight_key(layer) for layer in layers.values())
+    uses = Counter(weight_key(layer) for layer in named_quantized_layers(model).values())
     done = {}
     for path, layer in tqdm(layers.items(), desc="error feedback", unit="layer", disable=not progress):
         done[path] = _obstacle(layer, uses)
@@ -101,7 +106,7 @@ def reconstruct(
         One result per block.
     """
     layers = {path: cast(QuantLayer, model.get_submodule(path)) for path in order}
-    uses = Counter(weight_key(layer) for layer in layers.values())
+    uses = Counter(weight_key(layer) for layer in named_quantized_layers(model).values())
     blocks = find_blocks(model, order)
     data = BlockData(model, float_model, list(blocks), batches, forward)
     digest = digest_of(_everything(model, batches), {"spec": spec.to_dict()})

@@ -108,8 +108,6 @@ class _Search:
         spec, model = self.spec, self.model
         order = execution_order(model, lambda: run(model, self.data[:1], self.forward)) if self.data else None
         plan = make_plan(model, spec, order)
-        if not plan.specs:
-            raise ValueError("model must have layers to quantize, got none: see include and exclude")
         folded, equalized, chains, notes = self._prepare()
         names = list(plan.specs)
         layers = {path: model.get_submodule(path) for path in names}
@@ -122,7 +120,7 @@ class _Search:
         if spec.activation is not None:
             calibrate_inputs(model, named_quantized_layers(model), self.data, self.forward)
         floats = {path: layer.float_weight().detach().clone() for path, layer in quantized.items() if path in means}
-        fed_back = feed_back(quantized, products, progress=self.progress) if self._feeds_back else {}
+        fed_back = feed_back(model, quantized, products, progress=self.progress) if self._feeds_back else {}
         corrected = correct_biases(model, quantized, floats, means, chains) if spec.bias_correction else []
         blocks = ()
         if spec.reconstruct:
