@@ -123,12 +123,12 @@ def main() -> None:
                 start = time.perf_counter()
                 lq.search(model, batches, lq.SearchSpec(**{**common, **spec}), progress=False)
                 seconds = time.perf_counter() - start
-                row = {"network": options.network, **same, "iterations": spec.get("reconstruct", 0)}
+                row: dict[str, object] = {"network": options.network, **same, "iterations": spec.get("reconstruct", 0)}
                 row |= {"accuracy": f"{accuracy(model, test):.2f}", "float": f"{float_accuracy:.2f}"}
                 row |= {"search_seconds": f"{seconds:.1f}"}
                 new = not path.exists()
                 with path.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+                    writer = csv.DictWriter(file, list[str](FIELDS), lineterminator="\n")
                     if new:
                         writer.writeheader()
                     writer.writerow(row)

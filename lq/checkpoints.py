@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.nn import CappedReLU, is_transposed
-from lq.spec import LayerSpec, QuantSpec
+from lq.spec import POINT_QUANTIZERS, LayerSpec, QuantSpec
 from lq.surgery import layer_specs, quantize_model, set_widths
 
 __all__ = ["checkpoint_entry", "load_from_checkpoint", "restore_plan"]
@@ -84,8 +84,11 @@ def _restore_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
 def _rebuild(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """Make a float model what the checkpoint's was, but for the values that its weights will bring."""
     layers = {path: LayerSpec(**values) for path, values in entry["layers"].items()}
-    plain = {"quantizer": "lsq", "scale_init": "max"}  # levels come from the file: nothing is to be searched for them
-    overrides = {path: {**spec.to_dict(), **plain} for path, spec in layers.items()}
+    plain = {"quantizer": "lsq", "scale_init": "max"}  # points come from the file: nothing is to be searched for them
+    overrides = {
+        path: {**spec.to_dict(), **(plain if spec.quantizer in POINT_QUANTIZERS else {})}
+        for path, spec in layers.items()
+    }
     quantize_model(model, QuantSpec(include=list(layers), overrides=overrides, first_last_bits=None))
     _restore_layers(model, entry)
     for path, channels in entry.get("caps", {}).items():

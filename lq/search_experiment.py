@@ -138,7 +138,7 @@ def _run(settings: SearchSettings, classifier: Classifier) -> SearchOutcome:
     report = search(classifier.model, batches, settings.spec, folder=settings.output_dir / "search")
     accuracy, trainer = _test(settings, classifier, "", _Entry(checkpoint_entry(classifier, settings.spec)))
     network = settings.output_dir / NETWORK
-    trainer.save_checkpoint(network, weights_only=True)
+    trainer.save_checkpoint(network)
     codes = save_codes(classifier, settings.output_dir / CODES)
     outcome = SearchOutcome(report, float_accuracy, accuracy, network_size(classifier), codes, network)
     for logger in settings.loggers:

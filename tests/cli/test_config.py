@@ -10,14 +10,18 @@ from lq.callbacks import HoldAtAlignment
 from lq.cli.config import GROUPS, build, register
 from lq.cli.help import help_text
 from lq.cli.schema import argument_docs
+from lq.cli.search_config import SEARCH_GROUPS, build_search, register_search
 from lq.experiment import run
 from lq.spec import QuantSpec
 
 GROUP_OPTIONS = sorted((p.parent.name, p.stem) for p in (home() / "conf").glob("*/*.yaml"))
+SEARCH = "search_config"
 RECIPES = sorted(p.stem for p in (home() / "recipes").glob("*.yaml"))
 REQUIRED = {
     "data=cifar10": ["data.root=/nowhere"],
     "data=imagefolder": ["data.root=/nowhere"],
+    "data=imagepack": ["data.path=/nowhere"],
+    "recipes=search_imagenet_timm": ["data.root=/nowhere"],
     "recipes=imagenet_timm": ["data.root=/nowhere"],
     "model=timm": ["model.name=resnet18"],
 }
@@ -26,14 +30,15 @@ REQUIRED = {
 @pytest.fixture(autouse=True)
 def _hydra(monkeypatch, tmp_path):
     register()
+    register_search()
     monkeypatch.setenv("LQ_HOME", str(home()))
     monkeypatch.setenv("LQ_DATA", os.environ.get("LQ_DATA", "/nowhere"))
     with initialize_config_dir(str(home() / "conf"), version_base="1.3"):
         yield
 
 
-def composed(*overrides):
-    config = compose("config", ["output_dir=/tmp/unused", *overrides])
+def composed(*overrides, name="config"):
+    config = compose(name, ["output_dir=/tmp/unused", *overrides])
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     return config
 
@@ -41,19 +46,21 @@ def composed(*overrides):
 def test_there_is_something_to_compose():
     assert len(GROUP_OPTIONS) >= 14
     assert {"digits", "cifar10_resnet20", "imagenet_timm"} <= set(RECIPES)
-    assert {group for group, _ in GROUP_OPTIONS} >= set(GROUPS)
+    assert {group for group, _ in GROUP_OPTIONS} >= set(GROUPS) | set(SEARCH_GROUPS)
 
 
 @pytest.mark.parametrize(("group", "option"), GROUP_OPTIONS)
 def test_every_option_composes(group, option):
     choice = f"{group}={option}"
-    config = composed(choice, *REQUIRED.get(choice, []))
-    assert group in config
+    for name, groups in (("config", GROUPS), ("search_config", SEARCH_GROUPS)):
+        if group in groups or (name == "config" and group != "search"):
+            assert group in composed(choice, *REQUIRED.get(choice, []), name=name)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_and_says_what_it_is(recipe):
-    composed(f"recipes={recipe}", *REQUIRED.get(f"recipes={recipe}", []))
+    name = "search_config" if recipe.startswith("search_") else "config"
+    composed(f"recipes={recipe}", *REQUIRED.get(f"recipes={recipe}", []), name=name)
     head = (home() / "recipes" / f"{recipe}.yaml").read_text()
     for part in ("# @package _global_", "# What", "# Data", "# Command", "# Override", "# Cost", "# Result"):
         assert part in head, f"{recipe} lacks {part!r}"
@@ -140,3 +147,34 @@ def test_argument_docs_join_wrapped_lines_and_inherit():
     docs = argument_docs(QuantSpec)
     assert docs["overrides"].endswith("later globs win.")
     assert docs["activation"].endswith("weight-only quantization.")
+
+
+def test_a_search_is_built_from_the_configuration():
+    settings = build_search(
+        composed("search=best", "search.bits=3", "search.candidates=[0.25,0.5,0.75,1]", "logger=csv", name=SEARCH)
+    )
+    assert settings.spec.bits == 3
+    assert settings.spec.candidates == (0.25, 0.5, 0.75, 1.0)
+    assert settings.spec.importance == "inputs"
+    assert settings.spec.reconstruct > 0
+    assert settings.pretrain_epochs == 8
+    for override in ("search.bit=3", "search.reconstruct=many", "nosuch=1"):
+        with pytest.raises(Exception, match=override.split("=")[0].split(".")[-1]):
+            composed(override, name=SEARCH)
+    with pytest.raises(ValueError, match="importance must be one of"):
+        build_search(composed("search.importance=random", "logger=csv", name=SEARCH))
+
+
+def test_help_of_search_names_groups_fields_and_recipes():
+    text = help_text("search")
+    for part in (
+        "search.reconstruct ",
+        "calibration_images",
+        "search_cifar10_resnet20",
+        "search.candidates",
+        "imagepack",
+    ):
+        assert part in text, part
+    assert "schedule" not in text
+    assert "search_" not in help_text("train")
+    assert max(map(len, text.splitlines())) <= 120
