@@ -32,6 +32,12 @@ STAGES = {
     "importance, bias": {"importance": "inputs", "bias_correction": True},
     "error feedback, bias": {"importance": "inputs", "rounding": "error_feedback", "bias_correction": True},
     "reconstruction": {"importance": "inputs", "bias_correction": True, "reconstruct": 0},
+    "error feedback, reconstruction": {
+        "importance": "inputs",
+        "rounding": "error_feedback",
+        "bias_correction": True,
+        "reconstruct": 0,
+    },
 }
 ALONE = {
     "uniform min-max": {"quantizer": "lsq", "scale_init": "max"},
@@ -84,6 +90,20 @@ def accuracy(model: nn.Module, batches: list) -> float:
     return 100 * right / sum(len(y) for _, y in batches)
 
 
+def show(path: Path) -> str:
+    """The rows of a network as a table in Markdown: methods down, widths across, mean over seeds."""
+    cells: dict[str, dict[str, list[float]]] = {}
+    for row in csv.DictReader(path.open()):
+        width = f"W{row['weights']}" + (f"A{row['activations']}" if row["activations"] != "32" else "")
+        cells.setdefault(row["method"], {}).setdefault(width, []).append(float(row["accuracy"]))
+    widths = sorted({w for columns in cells.values() for w in columns}, key=lambda w: (len(w), w), reverse=False)
+    lines = ["| | " + " | ".join(widths) + " |", "| --- |" + " --: |" * len(widths)]
+    for method, columns in cells.items():
+        values = [f"{sum(v) / len(v):.2f}" if (v := columns.get(w)) else "" for w in widths]
+        lines.append(f"| {method} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,7 +116,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="of reconstruction [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--show", action="store_true", help="print the table so far and stop")
     options = parser.parse_args()
+    if options.show:
+        print(show(RESULTS / f"search_{options.network}.csv"))
+        return
     torch.set_num_threads(options.threads)
     _, data = network(options.network, os.environ["LQ_DATA"])
     data.setup("fit")

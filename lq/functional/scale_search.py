@@ -15,7 +15,8 @@ __all__ = ["best_step", "candidate_problem", "scale_grid", "search_rows", "share
 
 SMALLEST_FACTOR, LARGEST_FACTOR, FACTORS = 0.02, 4.0, 200
 _STARTS = 8
-_POLISH = 50
+_POLISH = 15
+_STILL = 1e-7  # relative: the scale is then within a few 1e-4 of its optimum
 _ROUNDS = 4
 _AROUND = 24
 _BATCH = 1 << 14  # pairs of channel and scale whose shortest paths are found together
@@ -140,22 +141,31 @@ def _search(
         spacing = (LARGEST_FACTOR / SMALLEST_FACTOR) ** (1 / FACTORS)
         around = spacing ** torch.linspace(-1, 1, _AROUND, dtype=torch.float64, device=scale.device)
         scale = torch.cat([scale, _lowest(rows, problem, count, scale[:, :1] * around, _STARTS // 2)], dim=1)
+    scale, loss, chosen = _alternate(rows, problem, count, scale, _POLISH if polish else 0)
+    best = loss.argmin(dim=1, keepdim=True)
+    chosen = chosen.gather(1, best[..., None].expand(-1, -1, count))[:, 0]
+    return problem.points[chosen], scale.gather(1, best)[:, 0], loss.gather(1, best)[:, 0]
+
+
+def _alternate(
+    rows: SortedRows, problem: PointProblem, count: int, scale: Tensor, rounds: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best scale of a subset and best subset at a scale in turn, until the loss stands still."""
     moments = bin_moments(rows, problem, scale)
     loss, chosen = best_subset(problem, moments, count)
     loss = loss * scale**problem.power
-    for _ in range(_POLISH if polish else 0):
+    for _ in range(rounds):
         trial = scale * refit(problem, moments, chosen)
-        moments = bin_moments(rows, problem, trial)
-        new_loss, new_chosen = best_subset(problem, moments, count)
+        new_moments = bin_moments(rows, problem, trial)
+        new_loss, new_chosen = best_subset(problem, new_moments, count)
         new_loss = new_loss * trial**problem.power
-        better = new_loss < loss * (1 - 1e-10)
+        better = new_loss < loss * (1 - _STILL)
         if not bool(better.any()):
             break
         scale, loss = torch.where(better, trial, scale), torch.where(better, new_loss, loss)
         chosen = torch.where(better[..., None], new_chosen, chosen)
-    best = loss.argmin(dim=1, keepdim=True)
-    chosen = chosen.gather(1, best[..., None].expand(-1, -1, count))[:, 0]
-    return problem.points[chosen], scale.gather(1, best)[:, 0], loss.gather(1, best)[:, 0]
+        moments = torch.where(better, new_moments, moments)
+    return scale, loss, chosen
 
 
 def candidate_problem(

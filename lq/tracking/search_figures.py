@@ -75,7 +75,7 @@ def loss_figure(report: SearchReport) -> Any:
             axes.plot(relative, names, marker, label=label)
         axes.axvline(1.0, color="gray", linewidth=0.8, label="free levels (k-means)")
         axes.set_xlabel("quantization loss over that of as many free levels")
-        axes.legend(fontsize=7)
+        figure.legend(loc="outside lower center", ncols=4, fontsize=7)
     else:
         axes.barh(names, [r.sqnr_db for r in shown], color="tab:blue")
         axes.set_xlabel("SQNR in dB")

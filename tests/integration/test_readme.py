@@ -1,5 +1,6 @@
 """The README's Python runs as it stands."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def test_no_result_is_left_to_be_filled_in():
 
 
 def test_there_are_blocks_to_run():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 class Module(Plain):
@@ -55,6 +56,14 @@ def test_plain_pytorch():
     exec(BLOCKS[2], scope)
     assert not any("quantizer" in name for name, _ in scope["model"].named_parameters())
     assert scope["loss"].item() < 1.5
+
+
+def test_the_search_runs_as_it_stands(capsys):
+    model, weight = small_cnn(), torch.randn(6, 3, 3, 3)
+    scope = {"model": model, "weight": weight, "batches": [torch.randn(8, 3, 9, 9)]}
+    exec(BLOCKS[3], scope)
+    assert "layers quantized" in capsys.readouterr().out
+    lq.search(small_cnn(), scope["batches"], dataclasses.replace(scope["better"], reconstruct=2), progress=False)
 
 
 def test_files_and_commands_that_it_names_exist():
