@@ -42,22 +42,20 @@ def run(model: nn.Module, batches: Batches, forward: Forward | None = None) -> N
         except StopForward:
             continue
         except (RuntimeError, TypeError, IndexError) as error:
-            shapes = [tuple(t.shape) for t in _tensors(batch)]
+            shapes = [tuple(t.shape) for t in tensors_of(batch)]
             raise ValueError(
                 f"batches must be inputs that the model runs on, got tensors of shapes {shapes}: {error}. Pass batches "
                 "of the data it was trained on, or say how with forward="
             ) from error
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """All tensors of a batch, or of a list of batches."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _tensors(value)
+    elif isinstance(batch, Mapping | tuple | list):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_of(value)
 
 
 @contextmanager

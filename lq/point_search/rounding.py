@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lq.point_search.blocks import BlockData, find_blocks
 from lq.point_search.inputs import Batches, Forward
 from lq.point_search.reconstruct import reconstruct_block
 from lq.point_search.report import BlockResult
-from lq.point_search.store import Store, digest_of
+from lq.point_search.store import Store
 from lq.search_spec import SearchSpec
 
 __all__ = ["feed_back", "reconstruct"]
@@ -85,7 +85,7 @@ def reconstruct(
     order: Sequence[str],
     batches: Batches,
     spec: SearchSpec,
-    store: Store,
+    kept: tuple[Store, str],
     *,
     forward: Forward | None = None,
     progress: bool = True,
@@ -98,7 +98,7 @@ def reconstruct(
         order: paths of the quantized layers, in execution order.
         batches: on the model's device.
         spec: of the search.
-        store: where finished blocks are kept.
+        kept: where finished blocks are kept, and the hash of what they follow from.
         forward: runs the model on a batch.
         progress: whether to show a progress bar.
 
@@ -109,7 +109,7 @@ def reconstruct(
     uses = Counter(weight_key(layer) for layer in named_quantized_layers(model).values())
     blocks = find_blocks(model, order)
     data = BlockData(model, float_model, list(blocks), batches, forward)
-    digest = digest_of(_everything(model, batches), {"spec": spec.to_dict()})
+    store, digest = kept
     results = []
     bar = tqdm(total=len(blocks) * spec.reconstruct, desc="reconstructing", unit="step", disable=not progress)
     for path, inside in blocks.items():
@@ -135,8 +135,3 @@ def reconstruct(
         store.save(f"block-{path}", digest, block.state_dict(), result)
     bar.close()
     return results
-
-
-def _everything(model: nn.Module, batches: Batches) -> list[Tensor]:
-    data: list[Any] = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches]
-    return [*model.state_dict().values(), *(x for x in data if isinstance(x, Tensor))]

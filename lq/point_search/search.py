@@ -18,7 +18,7 @@ from lq.point_search.adopt import adopt
 from lq.point_search.bias import correct_biases, mean_inputs
 from lq.point_search.fold import equalize, fold_batch_norms
 from lq.point_search.graph import Chain, trace_chains
-from lq.point_search.inputs import Forward, fisher_importance, hessians, input_importance, run, with_patches
+from lq.point_search.inputs import Forward, fisher_importance, hessians, input_importance, run, tensors_of, with_patches
 from lq.point_search.layer import search_layer
 from lq.point_search.report import LayerResult, SearchReport
 from lq.point_search.rounding import feed_back, reconstruct
@@ -101,6 +101,7 @@ class _Search:
         self.was_quantized = dequantize_model(self.model, keep_latent=True)
         self.data, self.spec, self.store, self.forward = data, spec, store, forward
         self.progress = progress
+        self.source = ""
         self.results: dict[str, LayerResult] = {}
 
     def run(self) -> SearchReport:
@@ -109,6 +110,8 @@ class _Search:
         order = execution_order(model, lambda: run(model, self.data[:1], self.forward)) if self.data else None
         plan = make_plan(model, spec, order)
         folded, equalized, chains, notes = self._prepare()
+        # of what everything below follows from: figures derived from it may differ in the last digit between machines
+        self.source = digest_of([*model.state_dict().values(), *tensors_of(self.data)], {})
         names = list(plan.specs)
         layers = {path: model.get_submodule(path) for path in names}
         importance = self._importance(layers)
@@ -126,7 +129,14 @@ class _Search:
         if spec.reconstruct:
             ordered = [p for p in order or names if p in quantized]
             blocks = reconstruct(
-                model, float_model, ordered, self.data, spec, self.store, forward=self.forward, progress=self.progress
+                model,
+                float_model,
+                ordered,
+                self.data,
+                spec,
+                (self.store, digest_of([], {"source": self.source, "spec": spec.to_dict()})),
+                forward=self.forward,
+                progress=self.progress,
             )
         rows = tuple(self._with_input(row, quantized[path]) for path, row in self.results.items())
         return SearchReport(rows, swap, folded, equalized, tuple(corrected), fed_back, tuple(blocks), tuple(notes))
@@ -191,7 +201,8 @@ class _Search:
             if not bool((weight != 0).any()):
                 raise ValueError(f"weight of {path} must not be all zero, got nothing to quantize: exclude it")
             settings = {"layer": layer.to_dict(), "importance": self.spec.importance, "compare": self.spec.reference}
-            digest = digest_of([weight, h], {"path": path, **settings})
+            source = self.source if self.spec.importance else ""
+            digest = digest_of([weight], {"path": path, "source": source, **settings})
             stored = self.store.load(f"layer-{path}", digest)
             if stored is None:
                 self.results[path] = search_layer(path, quantizer, weight, h, layer, self.spec, digest)
