@@ -1,6 +1,7 @@
 """Checkpoints that say what they are: what is written, how it is checked, and how to load one without the callback."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,9 +30,11 @@ def checkpoint_entry(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         Version, spec, the spec of every layer, and which parts a search may have added: caps and biases.
     """
     layers = {path: layer.to_dict() for path, layer in layer_specs(model).items()}
+    names = {f.name for f in fields(QuantSpec)}
+    plain = {name: value for name, value in spec.to_dict().items() if name in names}
     caps = {path: module.cap.numel() for path, module in model.named_modules() if isinstance(module, CappedReLU)}
     biases = [path for path in layers if model.get_submodule(path).bias is not None]
-    return {"version": VERSION, "spec": spec.to_dict(), "layers": layers, "caps": caps, "biases": biases}
+    return {"version": VERSION, "spec": plain, "layers": layers, "caps": caps, "biases": biases}
 
 
 def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpec) -> None:
@@ -54,6 +57,7 @@ def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpe
             f"{'; '.join(changes)}. Give the callback the checkpoint's values, or start anew without ckpt_path"
         )
     _restore_layers(model, entry)
+    _restore_parts(model, entry)
 
 
 def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -91,6 +95,11 @@ def _rebuild(model: nn.Module, entry: Mapping[str, Any]) -> None:
     }
     quantize_model(model, QuantSpec(include=list(layers), overrides=overrides, first_last_bits=None))
     _restore_layers(model, entry)
+    _restore_parts(model, entry)
+
+
+def _restore_parts(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Parts that a search added: caps of rescaled ReLU6, biases."""
     for path, channels in entry.get("caps", {}).items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, CappedReLU(torch.ones(channels)))

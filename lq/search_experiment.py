@@ -133,8 +133,11 @@ def _run(settings: SearchSettings, classifier: Classifier) -> SearchOutcome:
         classifier.prefix = "float/"
         print("Float pre-training")
         _trainer(settings, max_epochs=settings.pretrain_epochs).fit(classifier, settings.data)
-    float_accuracy, _ = _test(settings, classifier, "float/")
-    batches = settings.data.calibration_batches(settings.calibration_images, settings.calibration_batch_size)
+    float_accuracy, trainer = _test(settings, classifier, "float/")
+    device = trainer.strategy.root_device
+    drawn = settings.data.calibration_batches(settings.calibration_images, settings.calibration_batch_size)
+    batches = [tuple(part.to(device) for part in batch) for batch in drawn]
+    classifier.to(device)
     report = search(classifier.model, batches, settings.spec, folder=settings.output_dir / "search")
     accuracy, trainer = _test(settings, classifier, "", _Entry(checkpoint_entry(classifier, settings.spec)))
     network = settings.output_dir / NETWORK

@@ -17,6 +17,8 @@ __all__ = ["codebook_rows", "fit_codebook"]
 
 _BINS = 512  # ranges of equal weight count among which thresholds are chosen for p = 4, before the polish
 _POLISH = 60
+_EXACT, _BORDERS = 1 << 17, 1 << 14
+_TOGETHER = 1 << 20  # elements of rows that are clustered together
 _TASKS = 1 << 22  # comparisons made at a time
 
 
@@ -31,7 +33,7 @@ def fit_codebook(
 ) -> tuple[Tensor, Tensor]:
     """Best free levels and their loss::
 
-        minimise  sum h min over k of |w - c_k|^p      (p = 2: the exact optimum)
+        minimise  sum h min over k of |w - c_k|^p      (p = 2: the exact optimum, up to 131 072 weights a row)
 
     Args:
         weight: any shape, finite.
@@ -77,10 +79,15 @@ def codebook_rows(x: Tensor, h: Tensor | None, count: int, power: int) -> tuple[
         values = x.double().sort(dim=1).values
         levels = torch.nn.functional.pad(values, (0, count - x.shape[1]))
         return levels.sort(dim=1).values, values.new_zeros(len(x))
-    if power == 2:
-        levels = _least_squares(x, h, count)
-    else:
-        levels = _fourth_power(sorted_moments(x, h, power), count)
+    height, found = max(1, _TOGETHER // x.shape[1]), []
+    for i in range(0, len(x), height):
+        part, weight = x[i : i + height], None if h is None else h[i : i + height]
+        found.append(
+            _least_squares(part, weight, count)
+            if power == 2
+            else _fourth_power(sorted_moments(part, weight, power), count)
+        )
+    levels = torch.cat(found)
     error = (x.double() - levels.gather(1, nearest_point(x.double(), levels))).abs_().pow_(power)
     return levels, (error if h is None else error.mul_(h)).sum(1)
 
@@ -88,14 +95,13 @@ def codebook_rows(x: Tensor, h: Tensor | None, count: int, power: int) -> tuple[
 class _Prefix:
     """Sums of h, h x, h x^2 before each element, about the middle of the row, of all rows end to end."""
 
-    def __init__(self, x: Tensor, h: Tensor | None) -> None:
-        values, order = sort_rows(x)
-        self.centre = (values[:, :1].double() + values[:, -1:].double()) / 2
-        distance = values.double() - self.centre
-        weight = torch.ones_like(distance) if h is None else h.gather(1, order)
-        terms = (weight, weight * distance, weight * distance * distance)
-        self.sums = [torch.nn.functional.pad(t.cumsum(1), (1, 0)).view(-1) for t in terms]
-        self.size = x.shape[1]
+    def __init__(self, sums: list[Tensor], centre: Tensor) -> None:
+        self.rows, self.size = sums, sums[0].shape[1] - 1
+        self.sums, self.centre = [s.reshape(-1) for s in sums], centre
+
+    def at(self, edges: Tensor) -> "_Prefix":
+        """The same before some elements only."""
+        return _Prefix([s[:, edges] for s in self.rows], self.centre)
 
     def loss(self, first: Tensor, last: Tensor) -> Tensor:
         """Least squares loss of elements ``first..last-1``, both counted over all rows."""
@@ -105,34 +111,61 @@ class _Prefix:
     def mean(self, first: Tensor, last: Tensor) -> Tensor:
         """Mean of each range, NaN where it has no weight."""
         weight, total = (s[last] - s[first] for s in self.sums[:2])
-        return total / weight
+        return total / weight + self.centre
+
+
+def _prefix(x: Tensor, h: Tensor | None) -> tuple[_Prefix, Tensor]:
+    values, order = sort_rows(x)
+    centre = (values[:, :1].double() + values[:, -1:].double()) / 2
+    distance = values.double() - centre
+    weight = torch.ones_like(distance) if h is None else h.gather(1, order)
+    terms = (weight, weight * distance, weight * distance * distance)
+    return _Prefix([torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in terms], centre), values
 
 
 def _least_squares(x: Tensor, h: Tensor | None, count: int) -> Tensor:
+    """Exact up to 131 072 elements; beyond, thresholds among 16 384 borders first, then Lloyd's alternation on all."""
+    prefix, values = _prefix(x, h)
+    if prefix.size <= _EXACT:
+        return _best_clusters(prefix, values, count)
+    edges = torch.arange(_BORDERS + 1, device=x.device) * prefix.size // _BORDERS
+    levels = _best_clusters(prefix.at(edges), values, count)
+    base = torch.arange(len(x), device=x.device)[:, None] * (prefix.size + 1)
+    for _ in range(_POLISH):
+        middles = ((levels[:, 1:] + levels[:, :-1]) / 2).to(values.dtype).contiguous()
+        inner = torch.searchsorted(values, middles)
+        borders = torch.nn.functional.pad(inner, (1, 1))
+        borders[:, -1] = prefix.size
+        borders = borders + base
+        means = prefix.mean(borders[:, :-1], borders[:, 1:])
+        new = torch.where(torch.isfinite(means), means, levels).sort(dim=1).values
+        if bool(((new - levels).abs() <= 1e-9 * levels.abs().amax(1, keepdim=True)).all()):
+            break
+        levels = new
+    return levels
+
+
+def _best_clusters(prefix: _Prefix, values: Tensor, count: int) -> Tensor:
     """Dynamic program over sorted elements, its rows of minima found by divide and conquer (they are monotone)."""
-    prefix, size = _Prefix(x, h), x.shape[1]
-    base = torch.arange(len(x), device=x.device)[:, None] * (size + 1)
-    every = base + torch.arange(size + 1, device=x.device)
+    rows, size = prefix.rows[0].shape[0], prefix.size
+    base = torch.arange(rows, device=values.device)[:, None] * (size + 1)
+    every = base + torch.arange(size + 1, device=values.device)
     least = prefix.loss(base.expand_as(every).reshape(-1), every.reshape(-1))
     steps = []
     for _ in range(count - 2):
         least, step = _add_cluster(prefix, least, base)
         steps.append(step)
-    if count > 1:
-        final = least.view(len(x), -1) + prefix.loss(every.view(-1), (base + size).expand_as(every).reshape(-1)).view(
-            len(x), -1
-        )
-        at = base[:, 0] + final.argmin(dim=1)
     cuts = [base[:, 0] + size]
     if count > 1:
-        cuts.append(at)
+        final = least + prefix.loss(every.view(-1), (base + size).expand_as(every).reshape(-1))
+        cuts.append(base[:, 0] + final.view(rows, -1).argmin(dim=1))
         for step in reversed(steps):
             cuts.append(step[cuts[-1]])
     cuts.append(base[:, 0])
     borders = torch.stack(cuts[::-1], dim=1)
-    means = prefix.mean(borders[:, :-1], borders[:, 1:]) + prefix.centre
+    means = prefix.mean(borders[:, :-1], borders[:, 1:])
     # a cluster may be empty where there are fewer distinct values than clusters
-    return torch.where(torch.isfinite(means), means, x.double().amax(1, keepdim=True)).sort(dim=1).values
+    return torch.where(torch.isfinite(means), means, values[:, -1:].double()).sort(dim=1).values
 
 
 def _add_cluster(prefix: _Prefix, least: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +206,7 @@ def _fill(prefix: _Prefix, least: Tensor, new: Tensor, step: Tensor, here: Tenso
 
 def _fourth_power(rows: SortedRows, count: int) -> Tensor:
     """Thresholds among the borders of 512 ranges by dynamic program, then Lloyd's alternation on all elements."""
-    channels, bins = len(rows.values), min(_BINS, rows.count)
+    channels, bins = len(rows.values), min(_BINS, max(64, rows.count // 8), rows.count)
     edges = (torch.arange(bins + 1, device=rows.values.device) * rows.count) // bins
     sums, centres = _range_moments(rows, edges.expand(channels, -1))
     i, j = torch.triu_indices(bins, bins, device=edges.device)

@@ -73,7 +73,8 @@ def search_rows(
         for i in range(0, len(x), height)
     ]
     points, scale, loss = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return points, torch.where(peak > 0, scale, torch.zeros_like(scale)), loss
+    none = torch.zeros_like(scale)
+    return points, torch.where(peak > 0, scale, none), torch.where(peak > 0, loss, none)
 
 
 def shared_subset(x: Tensor, h: Tensor | None, problem: PointProblem, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +96,8 @@ def shared_subset(x: Tensor, h: Tensor | None, problem: PointProblem, count: int
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for _ in range(_ROUNDS):
         unit = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
-        weight = (unit**problem.power).expand(x.shape) if h is None else h * unit**problem.power
+        share = torch.where(scale > 0, scale, torch.zeros_like(scale))[:, None] ** problem.power  # zeros have no say
+        weight = share.expand(x.shape) if h is None else h * share
         level = (x.double() / unit).to(x.dtype)
         points, _, _ = search_rows(level.reshape(1, -1), weight.reshape(1, -1), problem, count)
         fixed = point_problem(points[0].cpu(), problem.power, count).to(x.device)

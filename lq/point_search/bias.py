@@ -31,7 +31,7 @@ def mean_inputs(
     counts: dict[str, int] = {}
 
     def see(path: str, layer: nn.Module, x: Tensor) -> None:
-        total = x.detach().sum(0, keepdim=True)
+        total = x.detach().double().sum(0, keepdim=True)
         if path in sums and sums[path].shape != total.shape:
             raise ValueError(
                 f"batches must hold inputs of one size for bias_correction, {path} got {tuple(total.shape[1:])} and "
@@ -42,7 +42,11 @@ def mean_inputs(
 
     with watching(layers, see):
         run(model, batches, forward)
-    return {path: total / counts[path] for path, total in sums.items()}
+    return {path: (total / counts[path]).to(_dtype(layers[path])) for path, total in sums.items()}
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    return cast(Tensor, layer.weight).dtype
 
 
 @torch.no_grad()
@@ -78,10 +82,10 @@ def correct_biases(
         shift = shift - _output(layer, means[path], torch.zeros_like(error))  # the bias, which every output holds
         axis = -1 if isinstance(layer, nn.Linear) else 1
         shift = shift.movedim(axis, 0).flatten(1).mean(1)
-        norm = chains[path].norm if path in chains else None
+        norm: Any = model.get_submodule(cast(str, chains[path].norm)) if path in chains and chains[path].norm else None
         bias = cast(Any, layer).bias
-        if norm is not None:
-            cast(Any, model.get_submodule(norm)).running_mean.add_(shift)
+        if norm is not None and norm.running_mean is not None:
+            norm.running_mean.add_(shift)
         elif bias is not None:
             bias.sub_(shift)
         else:

@@ -28,11 +28,10 @@ def find_blocks(model: nn.Module, layers: Sequence[str]) -> dict[str, list[str]]
     {'0': ['0'], '1': ['1.linear1', '1.linear2']}
     """
     chosen = {path: _block(model, path, layers) for path in layers}
-    tops = set(chosen.values())
     blocks: dict[str, list[str]] = {}
     for path, block in chosen.items():
-        outer = [top for top in tops if block.startswith(f"{top}.")]  # blocks within a block join it
-        blocks.setdefault(min(outer, key=len) if outer else block, []).append(path)
+        holds_blocks = any(other != path and other.startswith(f"{block}.") for other in chosen.values())
+        blocks.setdefault(path if holds_blocks else block, []).append(path)
     return blocks
 
 
@@ -68,7 +67,7 @@ class BlockData:
         """See which block feeds which."""
         self.model, self.float_model = model, float_model
         self.batches, self.forward = batches, forward
-        self.before = _links(float_model, blocks, batches, forward)
+        self.before, self.calls = _links(float_model, blocks, batches, forward)
         self.last: tuple[str, Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -81,6 +80,9 @@ class BlockData:
         Returns:
             Two tensors, None where a block does not turn one tensor into one, called once.
         """
+        if self.calls.get(block) != 1:
+            self.last = None
+            return None, None
         module, twin = self.model.get_submodule(block), self.float_model.get_submodule(block)
         if self.last is not None and self.before.get(block) == self.last[0]:
             size = max(1, len(self.last[1]) // len(self.batches))
@@ -118,9 +120,11 @@ class BlockData:
         return torch.cat(seen) if usable else None
 
 
-def _links(model: nn.Module, blocks: Sequence[str], batches: Batches, forward: Forward | None) -> dict[str, str]:
-    """Block to the one before it, where it takes that one's output as it is and both are called once."""
-    outputs: dict[int, str] = {}
+def _links(
+    model: nn.Module, blocks: Sequence[str], batches: Batches, forward: Forward | None
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Block to the one before it, where it takes that one's output as it is; and how often each is called."""
+    outputs: dict[int, tuple[str, int]] = {}
     alive: list[Any] = []  # identities are unique only among objects that live
     calls: dict[str, int] = {}
     links: dict[str, str] = {}
@@ -129,12 +133,14 @@ def _links(model: nn.Module, blocks: Sequence[str], batches: Batches, forward: F
 
         def enter(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
             calls[path] = calls.get(path, 0) + 1
-            if len(args) == 1 and id(args[0]) in outputs:
-                links[path] = outputs[id(args[0])]
+            before = outputs.get(id(args[0])) if len(args) == 1 else None
+            if before is not None and before[1] == args[0]._version:  # not changed in place since
+                links[path] = before[0]
 
         def leave(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
             alive.append(output)
-            outputs[id(output)] = path
+            if isinstance(output, Tensor):
+                outputs[id(output)] = path, output._version
 
         module = model.get_submodule(path)
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
@@ -143,4 +149,4 @@ def _links(model: nn.Module, blocks: Sequence[str], batches: Batches, forward: F
     finally:
         for handle in handles:
             handle.remove()
-    return {path: before for path, before in links.items() if calls[path] == calls[before] == 1}
+    return {path: before for path, before in links.items() if calls[path] == calls[before] == 1}, calls

@@ -1,10 +1,12 @@
 """Move scale between layers without changing what the network computes: batch-norm folding and equalization."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lq.nn import is_transposed, operator_weight, uses_own_weight
 from lq.nn.capped import CappedReLU
@@ -31,21 +33,21 @@ def fold_batch_norms(model: nn.Module, chains: Mapping[str, Chain]) -> dict[str,
 
     Source: Jacob et al., Quantization and Training for Integer-Arithmetic-Only Inference, CVPR 2018, section 3.2.
     """
-    done = {}
+    done, uses = {}, _uses(model)
     for path, chain in chains.items():
         if chain.norm is None:
             continue
         layer, norm = model.get_submodule(path), model.get_submodule(chain.norm)
-        done[path] = _fold(layer, norm)
+        done[path] = _fold(layer, norm, uses)
     return done
 
 
-def _fold(layer: nn.Module, norm: nn.Module) -> str:
+def _fold(layer: nn.Module, norm: nn.Module, uses: Counter[int]) -> str:
     bn = cast(nn.BatchNorm2d, norm)
     if bn.running_mean is None or bn.running_var is None:
         return "its batch norm keeps no statistics"
-    if not _plain(layer):
-        return "it is transposed, or computes its weight"
+    if not _plain(layer, uses) or any(uses[id(p)] != 1 for p in bn.parameters()):
+        return "it is transposed, computes its weight, or shares parameters"
     gamma = bn.weight if bn.weight is not None else torch.ones_like(bn.running_mean)
     target = gamma.double().square() - bn.eps  # variance after folding: the batch norm then multiplies by the sign
     alive = target > 0  # a channel that is as good as switched off stays as it is
@@ -83,14 +85,15 @@ def equalize(model: nn.Module, chains: Mapping[str, Chain]) -> dict[str, str]:
 
     Source: Nagel et al., Data-Free Quantization, ICCV 2019, section 4.1.
     """
-    done, pairs = {}, []
+    done, pairs, uses = {}, [], _uses(model)
     for path, chain in chains.items():
         first = model.get_submodule(path)
         if chain.relu is None or chain.next_layer is None:
             done[path] = "no ReLU leads from it to one layer alone"
             continue
         second = model.get_submodule(chain.next_layer)
-        done[path] = _obstacle(first, second, chain)
+        norm = None if chain.norm is None else model.get_submodule(chain.norm)
+        done[path] = _obstacle(first, second, norm, chain, uses)
         if not done[path]:
             pairs.append((first, second, chain, torch.ones(cast(Tensor, first.weight).shape[0], dtype=torch.float64)))
     for _ in range(_ROUNDS):
@@ -111,15 +114,28 @@ def equalize(model: nn.Module, chains: Mapping[str, Chain]) -> dict[str, str]:
     return done
 
 
-def _plain(layer: nn.Module) -> bool:
-    """Whether the weight goes to the operator as it is, output channels first."""
+def _plain(layer: nn.Module, uses: Counter[int]) -> bool:
+    """Whether the weight is the layer's alone and goes to the operator as it is, output channels first."""
+    if not isinstance(layer.weight, nn.Parameter) or parametrize.is_parametrized(layer) or is_transposed(layer):
+        return False
     own = uses_own_weight(type(layer)) or operator_weight(layer) is layer.weight
-    return own and not is_transposed(layer)
+    return own and all(uses[id(p)] == 1 for p in layer.parameters(recurse=False))
 
 
-def _obstacle(first: nn.Module, second: nn.Module, chain: Chain) -> str:
-    if not (_plain(first) and _plain(second)):
-        return "a layer of the pair is transposed, or computes its weight"
+def _uses(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter."""
+    return Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+
+
+def _obstacle(first: nn.Module, second: nn.Module, norm: nn.Module | None, chain: Chain, uses: Counter[int]) -> str:
+    if not (_plain(first, uses) and _plain(second, uses)):
+        return "a layer of the pair is transposed, computes its weight, or shares parameters"
+    if norm is not None and (
+        getattr(norm, "running_mean", None) is None or any(uses[id(p)] != 1 for p in norm.parameters())
+    ):
+        return "the batch norm between them keeps no statistics, or shares parameters"
+    if chain.cap != float("inf") and isinstance(first, nn.Linear):
+        return "its ReLU6 may have its channels on any axis"
     if _inputs(second).shape[0] != cast(Tensor, first.weight).shape[0]:
         return "the next layer takes another number of channels"
     if chain.cap != float("inf") and not chain.relu:

@@ -90,10 +90,13 @@ def _follow(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int]) -
         if act is not None and not isinstance(act, nn.Identity):
             if not isinstance(act, _RELUS):
                 return Chain(layer, norm)
+            if sum(getattr(m, "act", None) is act for m in {id(m): m for m in modules.values()}.values()) > 1:
+                return Chain(layer, norm)
             relu, cap = f"{norm}.act", _cap(type(act))
     if relu is None and following is not None:
         kind = _relu_kind(following, modules)
-        if kind is None:
+        once = following.op != "call_module" or calls[id(modules[str(following.target)])] == 1
+        if kind is None or (kind is nn.ReLU6 and not once):
             return Chain(layer, norm)
         relu, cap = (str(following.target) if following.op == "call_module" else ""), _cap(kind)
         following = _only_user(following, modules)

@@ -14,6 +14,7 @@ from lq.nn import LAYER_TYPES, ObserveOperator, QuantLayer, SubstituteWeight, is
 __all__ = ["Batches", "Forward", "StopForward", "fisher_importance", "hessians", "input_importance", "run", "watching"]
 
 Batches = Sequence[Any]
+_PATCHED = 16  # inputs whose patches are laid out at a time
 Forward = Callable[[nn.Module, Any], Any]
 See = Callable[[str, nn.Module, Tensor], None]
 
@@ -113,14 +114,18 @@ def input_importance(
     Returns:
         Path to h, shape of the weight, with mean 1.
     """
-    sums = {path: torch.zeros_like(cast(Tensor, layer.weight)) for path, layer in layers.items()}
+    sums: dict[str, Tensor] = {}
 
     def see(path: str, layer: nn.Module, x: Tensor) -> None:
-        sums[path] += multiplied(layer, x.detach().square())
+        # halves cannot hold sums of squares: divided first, then summed in full
+        largest = x.detach().abs().amax().clamp_min(1e-30)
+        count = x.numel() // max(1, x.shape[0])
+        part = multiplied(layer, (x.detach() / largest).square() / count).double() * (largest.double() ** 2 * count)
+        sums[path] = sums[path] + part if path in sums else part
 
     with watching(layers, see):
         run(model, batches, forward)
-    return {path: _unit_mean(h) for path, h in sums.items()}
+    return {path: _unit_mean(h).to(cast(Tensor, layers[path].weight)) for path, h in sums.items()}
 
 
 def fisher_importance(
@@ -137,7 +142,7 @@ def fisher_importance(
     Args:
         model: float, in evaluation mode; its output are logits, classes last.
         layers: path to layer.
-        batches: on the model's device; tensors with the inputs along their first axis, or tuples that start with one.
+        batches: on the model's device; the inputs lie along the first axis of every tensor.
         forward: runs the model on a batch.
         seed: of the draws.
 
@@ -147,6 +152,12 @@ def fisher_importance(
     Source: Choi et al., Towards the Limit of Network Quantization, ICLR 2017, section 3 (weights by their curvature).
     """
     generator = torch.Generator().manual_seed(seed)
+    for path, layer in layers.items():
+        if not isinstance(layer.weight, nn.Parameter):
+            raise ValueError(
+                f"layers must hold their weights as parameters for importance='fisher', got {path} which computes its "
+                "own: use importance='inputs'"
+            )
     weights = {path: cast(Tensor, layer.weight) for path, layer in layers.items()}
     wanted = {path: w.requires_grad for path, w in weights.items()}
     sums = {path: torch.zeros_like(w) for path, w in weights.items()}
@@ -154,15 +165,15 @@ def fisher_importance(
         for w in weights.values():
             w.requires_grad_(True)
         for batch in batches:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            if not isinstance(inputs, Tensor):
-                raise ValueError(
-                    f"batches must be tensors, or tuples that start with one, for importance='fisher', got "
-                    f"{type(batch).__name__}: use importance='inputs'"
-                )
-            for x in inputs.split(1):
+            for x in _singles(batch):
                 with torch.enable_grad():
-                    logits = (forward or default_forward)(model, x).flatten(0, -2)
+                    output = (forward or default_forward)(model, x)
+                    if not isinstance(output, Tensor):
+                        raise ValueError(
+                            f"the model must return logits for importance='fisher', got {type(output).__name__}: give "
+                            "a forward that returns them, or use importance='inputs'"
+                        )
+                    logits = output.flatten(0, -2)
                     classes = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator)
                     loss = F.cross_entropy(logits, classes[:, 0].to(logits.device))
                     grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
@@ -173,6 +184,22 @@ def fisher_importance(
         for path, w in weights.items():
             w.requires_grad_(wanted[path])
     return {path: _unit_mean(h) for path, h in sums.items()}
+
+
+def _singles(batch: Any) -> Iterator[Any]:
+    """Batches of one, of the same structure: tensors are cut along their first axis."""
+    for i in range(len(next(tensors_of(batch)))):
+        yield _cut(batch, i)
+
+
+def _cut(batch: Any, i: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[i : i + 1]
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, i) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_cut(value, i) for value in batch]
+    return batch
 
 
 def _unit_mean(h: Tensor) -> Tensor:
@@ -198,8 +225,12 @@ def hessians(
     sums: dict[str, Tensor] = {}
 
     def see(path: str, layer: nn.Module, x: Tensor) -> None:
-        patches = input_patches(layer, x)
-        product = (patches.transpose(1, 2) @ patches).double()
+        product: Tensor | float = 0.0
+        for part in x.detach().split(_PATCHED):  # patches of a whole batch would be many times its size
+            patches = input_patches(layer, part)
+            patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+            product = product + (patches.transpose(1, 2) @ patches).double()
+        assert isinstance(product, Tensor)
         sums[path] = sums[path] + product if path in sums else product
 
     with watching(layers, see):

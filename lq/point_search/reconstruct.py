@@ -33,7 +33,8 @@ class LearnedRounding(nn.Module):
         """Start where the weights are, or half-way from there to where they were rounded to."""
         super().__init__()
         self.layout, self.shape = quantizer.layout, weight.shape
-        rows = self.layout.rows(weight.detach())
+        self.dtype = weight.dtype
+        rows = self.layout.rows(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
         levels = quantizer.level_values().to(rows).expand(len(rows), -1).contiguous()
         below = torch.searchsorted(levels[:, 1:-1].contiguous(), rows.contiguous(), right=True)
         self.low = levels.gather(1, below)
@@ -48,7 +49,7 @@ class LearnedRounding(nn.Module):
     def forward(self, _: Tensor) -> Tensor:
         """Weights between their levels, shape of the weight."""
         rows = (self.low + soft_rounding(self.v) * self.gap) * self.factor
-        return self.layout.unrows(rows, self.shape)
+        return self.layout.unrows(rows, self.shape).to(self.dtype)
 
     def decided(self) -> Tensor:
         """Weights on their levels, before the factor, shape of the weight."""
@@ -106,6 +107,7 @@ def reconstruct_block(
     before = _error(block, x, target, spec.reconstruct_batch_size) / float(scale)
     if not before < float("inf"):
         raise ValueError("the error of a block must be finite, got NaN or infinity: check the model and the batches")
+    axis = -1 if isinstance(list(layers.values())[-1], nn.Linear) else 1  # channels of what the last layer returns
     generator = torch.Generator().manual_seed(spec.search_seed)
     state = {name: value.clone() for name, value in block.state_dict().items()}
     roundings = {path: _rounding(layer, weights[path]) for path, layer in layers.items()}
@@ -125,8 +127,9 @@ def reconstruct_block(
         for step in range(spec.reconstruct):
             picks = torch.randint(len(x), (min(spec.reconstruct_batch_size, len(x)),), generator=generator)
             picks = picks.to(x.device)
-            error = _per_channel(block(x[picks]), target[picks]) / scale
-            (error + _penalty(roundings.values(), step / spec.reconstruct)).backward()
+            with torch.enable_grad():
+                error = (block(x[picks]).float() - target[picks].float()).square().sum(axis).mean() / scale
+                (error + _penalty(roundings.values(), step / spec.reconstruct)).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -177,11 +180,6 @@ def _settle(layer: QuantLayer, rounding: LearnedRounding) -> None:
     quantizer.scale.copy_(positive(quantizer.scale) * rounding.factor.reshape(-1).abs().to(quantizer.scale))
     weight = cast(Tensor, layer.weight)
     weight.copy_(quantizer.decode(codes).to(weight))
-
-
-def _per_channel(y: Tensor, target: Tensor) -> Tensor:
-    axis = 1 if y.dim() != 3 else 2  # tokens have their channels last
-    return (y - target).square().sum(axis).mean()
 
 
 @torch.no_grad()

@@ -73,10 +73,14 @@ def search(
     [('0', 'uniform (mid_tread)', 8), ('2', 'subset', 3), ('4', 'uniform (mid_tread)', 8)]
     """
     spec = SearchSpec() if spec is None else spec
-    if isinstance(model, DistributedDataParallel):
-        raise TypeError("model must not be wrapped in DistributedDataParallel: pass its .module")
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        raise TypeError(f"model must not be wrapped in {type(model).__name__}: pass its .module")
     if not isinstance(spec, SearchSpec):
         raise TypeError(f"spec must be an lq.SearchSpec, got {spec!r}: write lq.SearchSpec(bits=4)")
+    if isinstance(batches, Tensor | Mapping):
+        raise TypeError(f"batches must be several, got one {type(batches).__name__}: put it into a list")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("lq.search must not run under torch.inference_mode, which forbids gradients: leave it first")
     data = [] if batches is None else list(batches)
     if spec.needs_batches and not data:
         raise ValueError(
@@ -97,7 +101,13 @@ class _Search:
     def __init__(
         self, model: nn.Module, data: list[Any], spec: SearchSpec, store: Store, forward: Forward | None, progress: bool
     ) -> None:
-        self.model = copy.deepcopy(model).eval()
+        try:
+            self.model = copy.deepcopy(model).eval()
+        except RuntimeError as error:
+            raise ValueError(
+                f"model must be one that can be copied, got {type(model).__name__}: {error}. Use "
+                "torch.nn.utils.parametrizations in place of hooks that compute weights, or remove them"
+            ) from error
         self.was_quantized = dequantize_model(self.model, keep_latent=True)
         self.data, self.spec, self.store, self.forward = data, spec, store, forward
         self.progress = progress

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -74,8 +74,14 @@ class Store:
         path = self._path(name)
         if path is None or not path.is_file():
             return None
-        with safe_open(path, "pt") as file:
-            values = json.loads(file.metadata()[_KEY])
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise StaleResultError(
+                f"folder must hold results of a search, got {path}: {error}. Delete that file"
+            ) from error
+        with opened as file:
+            values = json.loads((file.metadata() or {}).get(_KEY, '{"digest": ""}'))
             if values["digest"] != digest:
                 raise StaleResultError(
                     f"folder must hold results of these weights and settings, got {path} of others: delete the folder, "

@@ -108,7 +108,7 @@ class CodebookQuantizer(PointQuantizer):
             scales = rows.abs().amax(dim=1).double()
         if self.points.dim() == 1:  # one codebook, of the rows brought to one scale where there are several
             unit = torch.where(scales > 0, scales, torch.ones_like(scales))[:, None]
-            weight = None if h is None and len(unit) == 1 else (1.0 if h is None else h) * unit**power
+            weight = None if h is None and len(unit) == 1 else (1.0 if h is None else h) * scales[:, None] ** power
             weight = None if weight is None else weight.expand(rows.shape).reshape(1, -1)
             levels, _ = codebook_rows((rows / unit).to(rows.dtype).reshape(1, -1), weight, count, power)
         else:

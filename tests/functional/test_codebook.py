@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lq
+from lq.functional import codebook as module
 from lq.functional import fit_codebook
 
 
@@ -89,3 +90,13 @@ def test_fewer_values_than_levels():
     levels, loss = fit_codebook(torch.tensor([1.0, 2.0]), 4)
     assert float(loss) == 0
     assert levels.shape == (4,)
+
+
+def test_many_weights_come_within_a_hair_of_the_exact_optimum(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(60_000)
+    _, exact = fit_codebook(weight, 8)
+    monkeypatch.setattr(module, "_EXACT", 1000)
+    monkeypatch.setattr(module, "_BORDERS", 4096)
+    _, fast = fit_codebook(weight, 8)
+    assert 1 - 1e-12 <= float(fast / exact) < 1 + 1e-5

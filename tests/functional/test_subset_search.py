@@ -294,3 +294,14 @@ def test_best_step_of_uniform_levels_beats_any_other():
         other = lq.functional.hard_quantize(x, step[:, None].float() * factor, **codes._asdict())
         mine = lq.functional.hard_quantize(x, step[:, None].float(), **codes._asdict())
         assert bool(((x - mine).square().sum(1) <= (x - other).square().sum(1) * (1 + 1e-5)).all())
+
+
+def test_channels_of_zeros_have_no_say_in_the_shared_points():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(16, 100) * 0.01, torch.zeros(16, 100)]).abs()
+    problem = candidate_problem(None, 3)
+    points, scales, loss = shared_subset(x, None, problem, 4)
+    alone, _, own = shared_subset(x[:16], None, problem, 4)
+    assert torch.equal(points, alone)
+    assert float(loss.sum()) == pytest.approx(float(own.sum()))
+    assert bool((scales[16:] == 0).all())

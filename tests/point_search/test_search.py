@@ -287,6 +287,39 @@ def test_wrong_types_are_refused():
         lq.search(small_cnn(), None, lq.QuantSpec())
 
 
+def test_what_cannot_be_searched_is_refused_before_anything_happens(tmp_path):
+    with pytest.raises(TypeError, match="wrapped in DataParallel: pass its .module"):
+        lq.search(nn.DataParallel(small_cnn()))
+    with pytest.raises(TypeError, match="batches must be several, got one Tensor: put it into a list"):
+        search(small_cnn(), torch.zeros(2, 3, 8, 8))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="must not run under torch.inference_mode"):
+        search(small_cnn())
+    (tmp_path / "layer-0.safetensors").write_bytes(b"broken")
+    with pytest.raises(lq.StaleResultError, match="layer-0.safetensors.*Delete that file"):
+        lq.search(small_cnn(), None, spec(), folder=tmp_path, progress=False)
+
+
+def test_it_works_without_gradients_and_in_half_precision(batches):
+    with torch.no_grad():
+        report = search(small_cnn(), batches, reconstruct=3)
+    assert all(b.after is not None for b in report.blocks)
+    half = small_cnn().to(torch.bfloat16)
+    report = search(half, [b.to(torch.bfloat16) for b in batches], importance="inputs", reconstruct=3)
+    assert all(0 <= b.after < 10 for b in report.blocks)
+
+
+def test_mappings_as_batches_are_told_apart(tmp_path):
+    def forward(model, batch):
+        return model(batch["x"])
+
+    torch.manual_seed(0)
+    first, second = [{"x": torch.randn(8, 3, 8, 8)}], [{"x": torch.randn(8, 3, 8, 8)}]
+    fields = spec(reconstruct=3)
+    lq.search(small_cnn(), first, fields, folder=tmp_path, forward=forward, progress=False)
+    with pytest.raises(lq.StaleResultError):
+        lq.search(small_cnn(), second, fields, folder=tmp_path, forward=forward, progress=False)
+
+
 def test_layers_that_cannot_take_part_are_named():
     torch.manual_seed(0)
     tied = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))

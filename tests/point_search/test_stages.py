@@ -192,8 +192,13 @@ def test_fisher_is_the_mean_square_of_single_gradients():
     torch.testing.assert_close(h, expected / expected.mean(), rtol=0.1, atol=0.02)
     assert model[0].weight.requires_grad
     assert model[0].weight.grad is None
-    with pytest.raises(ValueError, match="batches must be tensors, or tuples that start with one"):
-        fisher_importance(model, {"0": model[0]}, [{"x": x}])
+    again = fisher_importance(model, {"0": model[0]}, [(x, torch.zeros(4000))], lambda m, batch: m(batch[0]))["0"]
+    torch.testing.assert_close(again, h)
+    with pytest.raises(ValueError, match="the model must return logits for importance='fisher', got tuple"):
+        fisher_importance(model, {"0": model[0]}, [x], lambda m, batch: (m(batch),))
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match="layers must hold their weights as parameters"):
+        fisher_importance(normed, {"0": normed[0]}, [x])
 
 
 def test_batches_that_do_not_fit_are_refused():
@@ -253,6 +258,41 @@ def test_blocks_of_real_networks():
     assert {"blocks.0.attn", "blocks.0.mlp", "head"} <= set(find_blocks(vit, paths))
 
 
+class TwiceTheSame(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU6()
+
+    def forward(self, x):
+        return self.act(self.b(self.act(self.a(x))))
+
+
+def tied_convolutions():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[3].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)),
+        tied_convolutions(),
+        TwiceTheSame(),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU(), nn.Conv2d(3, 3, 1)),
+    ],
+    ids=["parametrized", "tied", "shared activation", "no statistics"],
+)
+def test_what_cannot_be_moved_safely_is_left(model):
+    model.eval()
+    x = torch.randn(4, 3, 5, 5) * 3
+    before = model(x)
+    chains, _ = trace_chains(model)
+    assert all(fold_batch_norms(model, chains).values())
+    assert all(equalize(model, chains).values())
+    assert torch.equal(model(x), before)
+
+
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
@@ -275,6 +315,47 @@ def test_block_inputs_are_the_same_along_a_chain_and_through_the_network():
         inputs, outputs = data.of(path)
         torch.testing.assert_close(inputs, expected)
         torch.testing.assert_close(outputs, model.get_submodule(path)(expected))
+
+
+def test_an_activation_in_place_between_blocks_is_no_link():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)).eval()
+    batches = [torch.randn(2, 3, 5, 5)]
+    data = BlockData(model, model, ["0", "2"], batches, None)
+    assert data.before == {}
+    data.of("0")
+    inputs, _ = data.of("2")
+    torch.testing.assert_close(inputs, model[:2](batches[0]))
+
+
+def test_a_block_called_twice_is_left():
+    a = nn.Linear(3, 3)
+    model = nn.Sequential(a, nn.ReLU(), a).eval()
+    assert BlockData(model, model, ["0"], [torch.randn(2, 3)], None).of("0") == (None, None)
+
+
+def test_blocks_are_the_same_inside_a_wrapper():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = timm.create_model("cifar_resnet20")
+
+    paths = [p for p, m in Wrapper().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    blocks = find_blocks(Wrapper(), paths)
+    assert len(blocks) == 11
+    assert blocks["net.conv1"] == ["net.conv1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_hold_in_half_precision(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).to(dtype)
+    batches = [torch.randn(3, 4, dtype=dtype) * 60 for _ in range(200)]
+    x = torch.cat(batches).double()
+    h = input_importance(model, {"0": model[0]}, batches)["0"].double()
+    torch.testing.assert_close(h, (x.square().mean(0) / x.square().mean()).expand(3, 4), rtol=0.02, atol=0.02)
+    products = hessians(model, {"0": model[0]}, batches)["0"][0]
+    torch.testing.assert_close(products, x.T @ x, rtol=0.02, atol=1e3)
 
 
 def test_adopting_keeps_every_module_and_parameter():
