@@ -104,6 +104,29 @@ def show(path: Path) -> str:
     return "\n".join(lines)
 
 
+def picture(path: Path) -> None:
+    """Accuracy of uniform levels and of subsets after each stage, one panel per width, beside the table."""
+    from matplotlib.figure import Figure
+
+    rows_ = [row for row in csv.DictReader(path.open()) if row["activations"] == "32" and row["seed"] == "0"]
+    widths = sorted({row["weights"] for row in rows_}, reverse=True)
+    stages = ["nearest", *STAGES]
+    figure = Figure(figsize=(4 * len(widths), 3.6), layout="constrained")
+    for i, width in enumerate(widths):
+        axes = figure.add_subplot(1, len(widths), i + 1)
+        found = {row["method"]: float(row["accuracy"]) for row in rows_ if row["weights"] == width}
+        for name, marker in zip(LEVELS, "x|o", strict=True):
+            points = {s: found.get(name if s == "nearest" else f"{name}, {s}") for s in stages}
+            shown = {s: a for s, a in points.items() if a is not None}
+            axes.plot(list(shown), list(shown.values()), marker=marker, label=name, markersize=8)
+        axes.axhline(float(rows_[0]["float"]), color="gray", linewidth=0.8)
+        axes.set_title(f"{width} bits", fontsize=9)
+        axes.tick_params(axis="x", rotation=30, labelsize=7)
+        axes.set_ylabel("test accuracy in %" if i == 0 else "")
+    axes.legend(fontsize=8)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
 def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,10 +139,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="of reconstruction [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--show", action="store_true", help="print the table so far and stop")
+    parser.add_argument("--show", action="store_true", help="print the table so far, draw it, and stop")
     options = parser.parse_args()
     if options.show:
         print(show(RESULTS / f"search_{options.network}.csv"))
+        picture(RESULTS / f"search_{options.network}.csv")
         return
     torch.set_num_threads(options.threads)
     _, data = network(options.network, os.environ["LQ_DATA"])

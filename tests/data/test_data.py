@@ -1,3 +1,4 @@
+import io
 import random
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lq.data import CIFAR10Data, DigitsData, ImageFolderData
+from lq.data import CIFAR10Data, DigitsData, ImageFolderData, ImagePackData
 from lq.data.sampling import seeded
 from tests.helpers.commands import lq
 
@@ -136,3 +137,35 @@ def test_the_imagenet_recipe_runs_on_a_folder(folder, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "21 of 21 layers quantized" in done.stdout
     assert (tmp_path / "out" / "quantized.safetensors").is_file()
+
+
+def test_a_pack_of_images_is_halved_and_cropped(tmp_path):
+    blobs = []
+    for i in range(6):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((10, 12, 3), 40 * i, np.uint8)).save(buffer, "PNG")
+        blobs.append(buffer.getvalue())
+    offsets = np.cumsum([0, *map(len, blobs)])
+    path = tmp_path / "pack.npz"
+    np.savez(path, blob=np.frombuffer(b"".join(blobs), np.uint8), offs=offsets, y=np.arange(6))
+    data = ImagePackData(str(path), image_size=8, batch_size=2)
+    data.setup("fit")
+    assert data.train.classes.tolist() == [0, 2, 4]
+    assert data.test.classes.tolist() == [1, 3, 5]
+    assert data.train.pixels.shape == (3, 3, 8, 8)
+    drawn = data.calibration_batches(2, 1)
+    assert len(drawn) == 2
+    assert {int(y) for _, y in drawn} <= {0, 2, 4}  # never an image that is scored
+    with pytest.raises(FileNotFoundError, match="data.path must be an archive of images"):
+        ImagePackData(str(tmp_path / "none.npz")).setup("fit")
+
+
+def test_calibration_images_are_training_images_without_augmentation():
+    data = prepared(seed=3)
+    batches = data.calibration_batches(100, 64)
+    assert [len(x) for x, _ in batches] == [64, 36]
+    again = prepared(seed=3).calibration_batches(100, 64)
+    assert torch.equal(batches[0][0], again[0][0])
+    assert not torch.equal(batches[0][1], prepared(seed=4).calibration_batches(100, 64)[0][1])
+    held = {bytes(image.numpy()) for image, _ in (data.val[i] for i in range(len(data.val)))}
+    assert all(bytes(image.numpy()) in held for x, _ in batches for image in x)

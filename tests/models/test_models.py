@@ -1,9 +1,12 @@
+import os
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 import lq
+from lq.data import ImagePackData
 from lq.data.cifar10 import MEAN, STD, read_pack
 from lq.models import create_model, load_weights
 
@@ -68,3 +71,28 @@ def test_eight_bits_after_calibration_cost_a_real_network_nothing(data_root):
         lq.quantize_model(model, lq.QuantSpec(bits=8), x[:1])
         lq.calibrate(model, [x[:250]])
         assert (model(x).argmax(1) == floats).float().mean() > 0.985
+
+
+def test_mobilenet_v1_is_a_timm_model_with_the_keys_of_timms_own():
+    model = timm.create_model("mobilenetv1_075_same", num_classes=7)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    theirs = timm.create_model("mobilenetv1_100", num_classes=7)
+    assert model.state_dict().keys() == theirs.state_dict().keys()
+    assert len(lq.quantize_model(model).rows) == 28
+    with pytest.raises(ValueError, match="pretrained must be False"):
+        create_model("mobilenetv1_075_same", pretrained=True)
+    with pytest.raises(TypeError, match="takes num_classes and in_chans, got"):
+        create_model("mobilenetv1_075_same", options={"width": 2})
+
+
+@pytest.mark.skipif("LQ_DATA" not in os.environ, reason="LQ_DATA is not set: no real checkpoints")
+def test_the_real_mobilenet_classifies_real_images():
+    root = os.environ["LQ_DATA"]
+    data = ImagePackData(f"{root}/in1k_sample1000_256.npz", batch_size=50)
+    data.setup("test")
+    assert len(data.train) == len(data.test) == 500
+    path = f"{root}/in1k_mobilenetv1_075.safetensors"
+    model = create_model("mobilenetv1_075_same", num_classes=1000, checkpoint=path).eval()
+    images, classes = next(iter(data.test_dataloader()))
+    with torch.inference_mode():
+        assert int((model(images).argmax(1) == classes).sum()) >= 38  # 86 % of all 500
