@@ -14,11 +14,11 @@ from lq.functional.subset import PointProblem, best_subset, best_value, bin_mome
 __all__ = ["best_step", "candidate_problem", "scale_grid", "search_rows", "shared_subset"]
 
 SMALLEST_FACTOR, LARGEST_FACTOR, FACTORS = 0.02, 4.0, 200
-_STARTS = 8
-_POLISH = 15
+_STARTS = 6
+_POLISH = 10
 _STILL = 1e-7  # relative: the scale is then within a few 1e-4 of its optimum
 _ROUNDS = 4
-_AROUND = 24
+_AROUND = 16
 _BATCH = 1 << 14  # pairs of channel and scale whose shortest paths are found together
 
 
