@@ -43,13 +43,16 @@ def test_every_yaml_composes_from_the_wheel(installed, tmp_path):
         "from hydra import compose, initialize_config_dir\n"
         "from lq._paths import home\n"
         "from lq.cli.config import register\n"
-        "os.environ['LQ_HOME'] = str(home()); register()\n"
+        "from lq.cli.search_config import register_search\n"
+        "os.environ['LQ_HOME'] = str(home()); register(); register_search()\n"
         "os.environ.setdefault('LQ_DATA', '/nowhere')\n"
         "conf = home() / 'conf'\n"
         "choices = [f'{p.parent.name}={p.stem}' for p in conf.glob('*/*.yaml')]\n"
         "choices += [f'recipes={p.stem}' for p in (home() / 'recipes').glob('*.yaml')]\n"
         "with initialize_config_dir(str(conf), version_base='1.3'):\n"
-        "    for choice in choices: compose('config', [choice, 'output_dir=x'])\n"
+        "    for choice in choices:\n"
+        "        name = 'search_config' if choice.startswith(('search=', 'recipes=search_')) else 'config'\n"
+        "        compose(name, [choice, 'output_dir=x'])\n"
         "print(len(choices))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed)}
