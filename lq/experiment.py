@@ -1,12 +1,10 @@
 """The recipes' run, from a float network to a quantized, tracked, stored one."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -16,9 +14,10 @@ from lq.checkpoints import load_from_checkpoint
 from lq.classifier import Classifier
 from lq.exporting import save_codes
 from lq.network import NetworkSize, network_size
+from lq.runs import make_trainer, score, store_files, tracked
 from lq.surgery import make_plan
 from lq.text import format_table
-from lq.tracking import is_mlflow, metric, network_metrics
+from lq.tracking import log_text, metric, network_metrics
 from lq.tracking.figures import alignment_figure, weights_figure
 
 __all__ = ["Outcome", "Settings", "run"]
@@ -118,17 +117,8 @@ def run(settings: Settings) -> Outcome:
     classifier = Classifier(settings.model, **settings.optimizer)
     make_plan(classifier, settings.quantization.spec)
     settings.data.prepare_data()
-    for logger in settings.loggers:
-        _describe(logger, settings.description or {})
-    try:
-        outcome = _run(settings, classifier)
-    except BaseException:
-        for logger in settings.loggers:
-            logger.finalize("failed")
-        raise
-    for logger in settings.loggers:
-        logger.finalize("success")
-    return outcome
+    with tracked(settings):
+        return _run(settings, classifier)
 
 
 def _run(settings: Settings, classifier: Classifier) -> Outcome:
@@ -136,11 +126,11 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
     if settings.ckpt_path is None:
         float_accuracy = _float_stage(settings, classifier)
     seed_everything(settings.seed, workers=True, verbose=False)
-    trainer = _trainer(settings, [settings.quantization, *settings.callbacks])
+    trainer = make_trainer(settings, [settings.quantization, *settings.callbacks])
     _say("Quantization-aware training")
     trainer.fit(classifier, settings.data, ckpt_path=settings.ckpt_path, weights_only=True)
     stored = _stored(settings, trainer, classifier)
-    accuracy = _test(settings, stored, "")
+    accuracy, _ = score(settings, stored, "")
     codes = settings.output_dir / CODES
     if trainer.is_global_zero:
         save_codes(stored, codes)
@@ -152,7 +142,9 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
         codes=codes,
     )
     if trainer.is_global_zero:
-        _record(settings.loggers, stored, outcome)
+        figures = {"weights.png": weights_figure(stored), "alignment.png": alignment_figure(stored)}
+        store_files(settings.loggers, [codes], figures)
+        log_text(settings.loggers, "lq/outcome.txt", str(outcome))
     return outcome
 
 
@@ -161,30 +153,10 @@ def _float_stage(settings: Settings, classifier: Classifier) -> float:
         classifier.prefix, peak = "float/", classifier.settings["lr"]
         classifier.settings["lr"] = settings.pretrain_lr
         _say("Float pre-training")
-        trainer = _trainer(settings, [], max_epochs=settings.pretrain_epochs, enable_checkpointing=False)
+        trainer = make_trainer(settings, max_epochs=settings.pretrain_epochs, enable_checkpointing=False)
         trainer.fit(classifier, settings.data)
         classifier.prefix, classifier.settings["lr"] = "", peak
-    return _test(settings, classifier, "float/")
-
-
-def _test(settings: Settings, classifier: Classifier, prefix: str) -> float:
-    classifier.prefix = prefix
-    trainer = _trainer(settings, [], enable_checkpointing=False)
-    results = trainer.test(classifier, settings.data, verbose=False)
-    classifier.prefix = ""
-    return results[0][f"{prefix}test/acc"]
-
-
-def _trainer(settings: Settings, callbacks: Sequence[Callback], **changes: Any) -> Trainer:
-    arguments: dict[str, Any] = {
-        **settings.trainer,
-        "logger": settings.loggers,
-        "callbacks": list(callbacks),
-        "default_root_dir": settings.output_dir,
-        "enable_autolog_hparams": False,  # the run is described once, by its configuration
-        **changes,
-    }
-    return Trainer(**arguments)
+    return score(settings, classifier, "float/")[0]
 
 
 def _stored(settings: Settings, trainer: Trainer, classifier: Classifier) -> Classifier:
@@ -192,19 +164,3 @@ def _stored(settings: Settings, trainer: Trainer, classifier: Classifier) -> Cla
     if settings.select == "last" or checkpoint is None or not checkpoint.best_model_path:
         return copy.deepcopy(classifier).eval()
     return load_from_checkpoint(Classifier, checkpoint.best_model_path, map_location="cpu")
-
-
-def _describe(logger: Any, description: dict[str, Any]) -> None:
-    logger.log_hyperparams(description)
-    if is_mlflow(logger):
-        logger.experiment.log_dict(logger.run_id, description, "config.yaml")
-
-
-def _record(loggers: list[Any], model: torch.nn.Module, outcome: Outcome) -> None:
-    for logger in loggers:
-        if is_mlflow(logger):
-            store, run_id = logger.experiment, logger.run_id
-            store.log_text(run_id, str(outcome), "lq/outcome.txt")
-            store.log_artifact(run_id, str(outcome.codes), "lq")
-            store.log_figure(run_id, weights_figure(model), "lq/weights.png")
-            store.log_figure(run_id, alignment_figure(model), "lq/alignment.png")

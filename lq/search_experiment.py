@@ -12,9 +12,10 @@ from lq.data import ImageData
 from lq.exporting import save_codes
 from lq.network import NetworkSize, network_size
 from lq.point_search import SearchReport, search
+from lq.runs import make_trainer, score, store_files, tracked
 from lq.search_spec import SearchSpec
 from lq.text import format_table
-from lq.tracking import is_mlflow, log_rows, log_text, network_metrics
+from lq.tracking import log_rows, log_text, network_metrics
 from lq.tracking.search_figures import accuracy_figure, loss_figure, points_figure
 
 __all__ = ["SearchOutcome", "SearchSettings", "run_search"]
@@ -113,33 +114,23 @@ def run_search(settings: SearchSettings) -> SearchOutcome:
     classifier = Classifier(settings.model, lr=settings.pretrain_lr)
     settings.data.prepare_data()
     settings.data.setup("fit")
-    for logger in settings.loggers:
-        logger.log_hyperparams(settings.description or {})
-        if is_mlflow(logger):
-            logger.experiment.log_dict(logger.run_id, settings.description or {}, "config.yaml")
-    try:
-        outcome = _run(settings, classifier)
-    except BaseException:
-        for logger in settings.loggers:
-            logger.finalize("failed")
-        raise
-    for logger in settings.loggers:
-        logger.finalize("success")
-    return outcome
+    with tracked(settings):
+        return _run(settings, classifier)
 
 
 def _run(settings: SearchSettings, classifier: Classifier) -> SearchOutcome:
     if settings.pretrain_epochs:
         classifier.prefix = "float/"
         print("Float pre-training")
-        _trainer(settings, max_epochs=settings.pretrain_epochs).fit(classifier, settings.data)
-    float_accuracy, trainer = _test(settings, classifier, "float/")
+        trainer = make_trainer(settings, max_epochs=settings.pretrain_epochs, enable_checkpointing=False)
+        trainer.fit(classifier, settings.data)
+    float_accuracy, trainer = score(settings, classifier, "float/")
     device = trainer.strategy.root_device
     drawn = settings.data.calibration_batches(settings.calibration_images, settings.calibration_batch_size)
     batches = [tuple(part.to(device) for part in batch) for batch in drawn]
     classifier.to(device)
     report = search(classifier.model, batches, settings.spec, folder=settings.output_dir / "search")
-    accuracy, trainer = _test(settings, classifier, "", _Entry(checkpoint_entry(classifier, settings.spec)))
+    accuracy, trainer = score(settings, classifier, "", _Entry(checkpoint_entry(classifier, settings.spec)))
     network = settings.output_dir / NETWORK
     trainer.save_checkpoint(network)
     codes = save_codes(classifier, settings.output_dir / CODES)
@@ -149,32 +140,10 @@ def _run(settings: SearchSettings, classifier: Classifier) -> SearchOutcome:
     log_text(settings.loggers, "lq/search_report.txt", str(report))
     log_text(settings.loggers, "lq/outcome.txt", str(outcome))
     log_rows(settings.loggers, "lq/search_report.json", report.to_dicts())
-    for logger in settings.loggers:
-        if is_mlflow(logger):
-            store, run_id = logger.experiment, logger.run_id
-            for path in (codes, network):
-                store.log_artifact(run_id, str(path), "lq")
-            store.log_figure(run_id, points_figure(classifier), "lq/points.png")
-            store.log_figure(run_id, loss_figure(report), "lq/loss.png")
-            store.log_figure(run_id, accuracy_figure(float_accuracy, accuracy), "lq/accuracy.png")
-    return outcome
-
-
-def _test(settings: SearchSettings, classifier: Classifier, prefix: str, *callbacks: Callback) -> tuple[float, Trainer]:
-    classifier.prefix = prefix
-    trainer = _trainer(settings, callbacks=list(callbacks))
-    results = trainer.test(classifier, settings.data, verbose=False)
-    classifier.prefix = ""
-    return results[0][f"{prefix}test/acc"], trainer
-
-
-def _trainer(settings: SearchSettings, **changes: Any) -> Trainer:
-    arguments: dict[str, Any] = {
-        **settings.trainer,
-        "logger": settings.loggers,
-        "default_root_dir": settings.output_dir,
-        "enable_checkpointing": False,
-        "enable_autolog_hparams": False,
-        **changes,
+    figures = {
+        "points.png": points_figure(classifier),
+        "loss.png": loss_figure(report),
+        "accuracy.png": accuracy_figure(float_accuracy, accuracy),
     }
-    return Trainer(**arguments)
+    store_files(settings.loggers, [codes, network], figures)
+    return outcome

@@ -139,6 +139,12 @@ class LayerSpec:
         bits = self.weight_codes.bits if self.activation_bits == "same" else int(self.activation_bits)
         return code_range(bits, signed=signed)
 
+    @property
+    def widths(self) -> str:
+        """Widths of weights and activations, 32 for float ones, such as "W4A32"."""
+        inputs = 32 if self.activation is None else self.activation_codes(signed=True).bits
+        return f"W{self.weight_codes.bits}A{inputs}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for checkpoints and headers.
 

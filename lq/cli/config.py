@@ -20,7 +20,7 @@ from lq.models import create_model
 from lq.spec import QuantSpec
 from lq.tracking.mlflow import mlflow_logger
 
-__all__ = ["GROUPS", "TrainConfig", "build", "doc", "given_overrides", "register"]
+__all__ = ["GROUPS", "TrainConfig", "build", "doc", "given_overrides", "named_loggers", "register"]
 
 
 def doc(text: str, default: Any) -> Any:
@@ -102,15 +102,13 @@ def build(config: DictConfig) -> Settings:
     spec = QuantSpec.from_dict(plain["quantizer"])
     anneal = instantiate(config.schedule, _convert_="all")
     quantization = LearnedQuantization(spec, AnnealSpec(**anneal))
-    named = {"run_name": run_name(plain)} if "run_name" in plain["logger"] and not plain["logger"]["run_name"] else {}
-    logger = instantiate(config.logger, **named)
     return Settings(
         model=plain["model"],
         optimizer=plain["optimizer"],
         quantization=quantization,
         data=instantiate(config.data),
         trainer=plain["trainer"],
-        loggers=[logger] if logger else [],
+        loggers=named_loggers(config, run_name(plain)),
         callbacks=[instantiate(node) for node in config.callbacks.values() if node],
         output_dir=Path(config.output_dir),
         description={**plain, "overrides": given_overrides()},
@@ -128,8 +126,22 @@ def run_name(plain: dict[str, Any]) -> str:
         Network, method and widths, such as "resnet18 soft W4A4".
     """
     spec = QuantSpec.from_dict(plain["quantizer"])
-    inputs = 32 if spec.activation is None else spec.activation_codes(signed=True).bits
-    return f"{plain['model']['name']} {spec.quantizer} W{spec.weight_codes.bits}A{inputs}"
+    return f"{plain['model']['name']} {spec.quantizer} {spec.widths}"
+
+
+def named_loggers(config: DictConfig, name: str) -> list[Any]:
+    """The logger of a run, named so that a person tells runs apart.
+
+    Args:
+        config: composed by Hydra.
+        name: of the run, where the configuration gives none.
+
+    Returns:
+        None or one Lightning logger, in a list.
+    """
+    unnamed = "run_name" in config.logger and not config.logger.run_name
+    logger = instantiate(config.logger, **({"run_name": name} if unnamed else {}))
+    return [logger] if logger else []
 
 
 def given_overrides() -> str:

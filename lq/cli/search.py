@@ -1,16 +1,13 @@
 """``lq search``: compose, instantiate, run."""
 
-import logging
-import warnings
-
 import hydra
 from omegaconf import DictConfig
 
 from lq._paths import home
 from lq.cli.config import register
 from lq.cli.search_config import build_search, register_search
+from lq.cli.terminal import print_ui_command, quiet
 from lq.search_experiment import run_search
-from lq.tracking.mlflow import default_tracking_uri, ui_command
 
 __all__ = ["main"]
 
@@ -28,12 +25,10 @@ def main(config: DictConfig) -> float:
     Returns:
         Test accuracy of the searched network.
     """
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    quiet()
     outcome = run_search(build_search(config))
     print(f"\n{outcome.report}\n\n{outcome}")
-    if "experiment" in config.logger:
-        print(f"\nCompare runs in the browser:  {ui_command(config.logger.tracking_uri or default_tracking_uri())}")
+    print_ui_command(config)
     return outcome.quantized_accuracy
 
 

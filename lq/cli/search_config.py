@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from lq.cli.config import GROUPS, doc, given_overrides
+from lq.cli.config import GROUPS, doc, given_overrides, named_loggers
 from lq.cli.schema import schema
 from lq.search_experiment import SearchSettings
 from lq.search_spec import SearchSpec
@@ -68,16 +68,12 @@ def build_search(config: DictConfig) -> SearchSettings:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     spec = SearchSpec.from_dict(plain["search"])
     assert isinstance(spec, SearchSpec)
-    named = {}
-    if "run_name" in plain["logger"] and not plain["logger"]["run_name"]:
-        named["run_name"] = search_name(plain["model"]["name"], spec)
-    logger = instantiate(config.logger, **named)
     return SearchSettings(
         model=plain["model"],
         spec=spec,
         data=instantiate(config.data),
         trainer=plain["trainer"],
-        loggers=[logger] if logger else [],
+        loggers=named_loggers(config, search_name(plain["model"]["name"], spec)),
         output_dir=Path(config.output_dir),
         description={**plain, "overrides": given_overrides()},
         **{
@@ -100,8 +96,6 @@ def search_name(model: str, spec: SearchSpec) -> str:
     >>> search_name("resnet18", SearchSpec(bits=4, importance="inputs", reconstruct=500))
     'resnet18 subset W4A32 inputs reconstructed'
     """
-    inputs = 32 if spec.activation is None else spec.activation_codes(signed=True).bits
-    width = spec.bits if spec.quantizer in ("subset", "codebook") else spec.weight_codes.bits
     extras = [spec.importance, "equalized" if spec.equalize else None]
     extras += [spec.rounding if spec.rounding != "nearest" else None, "reconstructed" if spec.reconstruct else None]
-    return " ".join([model, spec.quantizer, f"W{width}A{inputs}", *(e for e in extras if e)])
+    return " ".join([model, spec.quantizer, spec.widths, *(e for e in extras if e)])

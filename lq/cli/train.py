@@ -1,16 +1,13 @@
 """``lq train``: compose, instantiate, run."""
 
-import logging
-import warnings
-
 import hydra
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lq._paths import home
 from lq.cli.config import build, register
+from lq.cli.terminal import print_ui_command, quiet
 from lq.experiment import run
-from lq.tracking.mlflow import default_tracking_uri, ui_command
 
 __all__ = ["main"]
 
@@ -27,14 +24,12 @@ def main(config: DictConfig) -> float:
     Returns:
         Test accuracy of the quantized network.
     """
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on hardware, five times a run
+    quiet()
     outcome = run(build(config))
     if rank_zero_only.rank:
         return outcome.quantized_accuracy
     print(f"\n{outcome}")
-    if "experiment" in config.logger:
-        print(f"\nCompare runs in the browser:  {ui_command(config.logger.tracking_uri or default_tracking_uri())}")
+    print_ui_command(config)
     return outcome.quantized_accuracy
 
 

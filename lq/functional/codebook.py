@@ -51,12 +51,9 @@ def fit_codebook(
     >>> fit_codebook(torch.tensor([-1.0, 1.0, 3.0]), 2)
     (tensor([1., 3.], dtype=torch.float64), tensor(0., dtype=torch.float64))
     """
-    layout = ScaleLayout()
-    if channel_axis is not None:
-        axis = channel_axis % weight.dim()
-        layout = ScaleLayout(weight.shape[axis], tuple(weight.shape), (axis,))
+    layout = ScaleLayout.along(weight.shape, channel_axis)
     x = layout.rows(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
-    h = None if importance is None else layout.rows(importance.to(x.device).expand(weight.shape)).double()
+    h = layout.importance_rows(importance, weight)
     levels, loss = codebook_rows(x if signed else x.abs(), h, count, power)
     return (levels[0], loss[0]) if channel_axis is None else (levels, loss)
 
@@ -73,8 +70,6 @@ def codebook_rows(x: Tensor, h: Tensor | None, count: int, power: int) -> tuple[
     Returns:
         Levels, float64 ``(C, K)``, and losses, float64 ``(C,)``.
     """
-    if h is not None:
-        h = torch.where(h.sum(1, keepdim=True) > 0, h, torch.ones_like(h))
     if x.shape[1] <= count:
         values = x.double().sort(dim=1).values
         levels = torch.nn.functional.pad(values, (0, count - x.shape[1]))

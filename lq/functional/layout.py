@@ -108,6 +108,27 @@ class ScaleLayout(NamedTuple):
         view = (groups, shape[0] // groups, *shape[1:])
         return cls(groups * shape[1], view, (0, 2))
 
+    @classmethod
+    def along(cls, shape: Sequence[int], channel_axis: int | None) -> "ScaleLayout":
+        """One scale per index of one axis.
+
+        Args:
+            shape: of the tensor.
+            channel_axis: the axis, None for one scale in all.
+
+        Returns:
+            The layout.
+
+        Raises:
+            ValueError: for an axis that the tensor does not have.
+        """
+        if channel_axis is None:
+            return cls()
+        if not -len(shape) <= channel_axis < len(shape):
+            raise ValueError(f"channel_axis must be an axis of the weight, got {channel_axis} for shape {tuple(shape)}")
+        axis = channel_axis % len(shape)
+        return cls(shape[axis], tuple(shape), (axis,))
+
     def view(self, x: Tensor) -> Tensor:
         """The tensor in the shape that scales broadcast to."""
         return x if self.shape is None else x.reshape(self.shape)
@@ -124,6 +145,21 @@ class ScaleLayout(NamedTuple):
             return x.reshape(1, -1)
         others = [i for i in range(len(self.shape)) if i not in self.axes]
         return x.reshape(self.shape).permute(*self.axes, *others).reshape(self.scales, -1)
+
+    def importance_rows(self, importance: Tensor | None, x: Tensor) -> Tensor | None:
+        """Importance of each value as rows: float64, and 1 throughout a row that has none.
+
+        Args:
+            importance: broadcastable to ``x``, or None.
+            x: the values.
+
+        Returns:
+            Shape ``(scales, N)``, or None for None.
+        """
+        if importance is None:
+            return None
+        rows = self.rows(importance.detach().to(x.device).expand(x.shape)).double()
+        return torch.where(rows.sum(1, keepdim=True) > 0, rows, torch.ones_like(rows))
 
     def unrows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """Inverse of `rows`.

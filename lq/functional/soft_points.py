@@ -45,7 +45,6 @@ class PointSet(NamedTuple):
 class _Place(NamedTuple):
     """Where values lie among the levels: the level below, the gap to the next, the position from its middle."""
 
-    t: Tensor
     low: Tensor
     gap: Tensor
     r: Tensor
@@ -66,7 +65,7 @@ def _locate(x: Tensor, s: Tensor, levels: Tensor) -> _Place:
     gap = (high - low).clamp_min(_TINY)
     margin = 1e-6 * ends[1].abs()
     inside = (t >= ends[0] - margin) & (t <= ends[1] + margin)
-    return _Place(t, low, gap, (u - low) / gap - 0.5, inside)
+    return _Place(low, gap, (u - low) / gap - 0.5, inside)
 
 
 class _PointStaircase(torch.autograd.Function):

@@ -4,7 +4,6 @@ With nearest-point assignment the loss of the weights between two neighbouring c
 so the best subset is a shortest path through the ascending candidates.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -252,19 +251,3 @@ def _newton(q: Tensor, about: list[Tensor], steps: int = 20) -> Tensor:
         bend = 3 * (b - 2 * c * d + e * d**2)
         d = d + torch.nan_to_num(slope / bend)
     return d.clamp(-0.5, 1.0)
-
-
-def all_subsets(m: int, count: int) -> list[tuple[int, ...]]:
-    """Every subset, for checks by enumeration.
-
-    Args:
-        m: candidates.
-        count: points chosen.
-
-    Returns:
-        ``C(m, count)`` tuples of indices.
-
-    >>> [len(all_subsets(15, k)) for k in (2, 4, 8)]
-    [105, 1365, 6435]
-    """
-    return list(itertools.combinations(range(m), count))

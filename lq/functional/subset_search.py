@@ -46,7 +46,7 @@ class SubsetResult(NamedTuple):
         Returns:
             ``scale * point``, shape of the weight, dtype of the scale.
         """
-        layout = _layout(self.codes.shape, self.channel_axis)
+        layout = ScaleLayout.along(self.codes.shape, self.channel_axis)
         values = decode_points(
             layout.rows(self.codes), self.points, self.scale.reshape(-1), bits=self.bits, signed=self.signed
         )
@@ -97,12 +97,9 @@ def search_subset(
     """
     _check(weight, bits, power, importance, scales)
     problem = candidate_problem(candidates, bits, power=power, signed=signed, zero=zero)
-    layout = _layout(weight.shape, channel_axis)
+    layout = ScaleLayout.along(weight.shape, channel_axis)
     x = layout.rows(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
-    h = None
-    if importance is not None:
-        h = layout.rows(importance.detach().to(x.device).expand(weight.shape)).double()
-        h = torch.where(h.sum(1, keepdim=True) > 0, h, torch.ones_like(h))
+    h = layout.importance_rows(importance, weight)
     count = 2**bits if signed else 2 ** (bits - 1)
     points, scale, _ = search_rows(x if signed else x.abs(), h, problem.to(x.device), count, scales)
     scale = scale.to(x.dtype)
@@ -120,15 +117,6 @@ def search_subset(
         signed=signed,
         channel_axis=channel_axis,
     )
-
-
-def _layout(shape: Sequence[int], channel_axis: int | None) -> ScaleLayout:
-    if channel_axis is None:
-        return ScaleLayout()
-    if not -len(shape) <= channel_axis < len(shape):
-        raise ValueError(f"channel_axis must be an axis of the weight, got {channel_axis} for shape {tuple(shape)}")
-    axis = channel_axis % len(shape)
-    return ScaleLayout(shape[axis], tuple(shape), (axis,))
 
 
 def _check(weight: Tensor, bits: int, power: int, importance: Tensor | None, scales: Tensor | None) -> None:

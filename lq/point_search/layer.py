@@ -78,7 +78,7 @@ def _compared(
 ) -> LayerResult:
     """Losses of free levels and of uniform ones, at the same granularity, importance and power."""
     rows = quantizer.layout.rows(weight).to(torch.promote_types(weight.dtype, torch.float32))
-    weights = None if h is None else quantizer.layout.rows(h).double()
+    weights = quantizer.layout.importance_rows(h, weight)
     count = 2**layer.bits if layer.signed_points else 2 ** (layer.bits - 1)
     _, free = codebook_rows(rows if layer.signed_points else rows.abs(), weights, count, layer.power)
     uniform = {}

@@ -121,7 +121,8 @@ class _Search:
         plan = make_plan(model, spec, order)
         folded, equalized, chains, notes = self._prepare()
         # of what everything below follows from: figures derived from it may differ in the last digit between machines
-        self.source = digest_of([*model.state_dict().values(), *tensors_of(self.data)], {})
+        if spec.importance or spec.reconstruct:
+            self.source = digest_of([*model.state_dict().values(), *tensors_of(self.data)], {})
         names = list(plan.specs)
         layers = {path: model.get_submodule(path) for path in names}
         importance = self._importance(layers)

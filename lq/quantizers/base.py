@@ -71,12 +71,9 @@ class Quantizer(nn.Module):
         view, scale = self._prepare(x)
         factor = 1.0
         if self.gradient_scale:
-            factor = lsq_gradient_scale(self.count or x.numel() // max(x.shape[0], 1), self.codes.largest)
-        if self.training:
-            y = self.fake_quantize(view, scale, factor)
-        else:
-            y = lsq_quantize(view, scale, gradient_scale=factor, **self.codes._asdict())
-        return y.reshape(x.shape).to(x.dtype)
+            factor = lsq_gradient_scale(self.count or x.numel() // max(x.shape[0], 1), self._largest())
+        quantized = self.fake_quantize if self.training else self._straight_through
+        return self._restore(quantized(view, scale, factor), x.shape).to(x.dtype)
 
     def hard(self, x: Tensor) -> Tensor:
         """Nearest level, whatever the mode.
@@ -88,7 +85,7 @@ class Quantizer(nn.Module):
             Levels, shape and dtype of ``x``.
         """
         view, scale = self._prepare(x)
-        return hard_quantize(view, positive(scale), **self.codes._asdict()).reshape(x.shape).to(x.dtype)
+        return self._restore(self._nearest(view, positive(scale)), x.shape).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -98,11 +95,10 @@ class Quantizer(nn.Module):
             x: any shape.
 
         Returns:
-            Codes, shape of ``x``, int8 (uint8 for unsigned ranges).
+            Codes, shape of ``x``, int8 (uint8 for unsigned ranges and for points, the sign in the top bit of ``b``).
         """
         view, scale = self._prepare(x)
-        dtype = torch.uint8 if self.codes.lo >= 0 else torch.int8
-        return quantize(view, positive(scale), **self.codes._asdict()).to(dtype).reshape(x.shape)
+        return self._restore(self._encode(view, positive(scale)), x.shape)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -115,7 +111,7 @@ class Quantizer(nn.Module):
             Levels, dtype of the scale.
         """
         view, scale = self._prepare(codes)
-        return dequantize(view, positive(scale), offset=self.codes.offset).reshape(codes.shape)
+        return self._restore(self._decode(view, positive(scale)), codes.shape)
 
     def level_values(self) -> Tensor:
         """All levels, ascending.
@@ -140,8 +136,7 @@ class Quantizer(nn.Module):
         if method != "mse" or (importance is None and power == 2):
             self.scale.copy_(initial_scale(rows, self.codes, method).to(self.scale))
             return
-        h = None if importance is None else self.layout.rows(importance.expand(x.shape)).double()
-        self.scale.copy_(best_step(rows, h, self.codes, power))
+        self.scale.copy_(best_step(rows, self.layout.importance_rows(importance, x), self.codes, power))
 
     def set_slope(self, slope: float) -> None:
         """Set the slope of the staircase; methods without one ignore it.
@@ -151,7 +146,7 @@ class Quantizer(nn.Module):
         """
 
     def regularizer(self, x: Tensor, *, kind: str, on: str = "latent", scale_gradient: bool = False) -> Tensor:
-        """Scale regularizer of this tensor, see `lq.functional.level_regularizer`.
+        """Scale regularizer of this tensor: `lq.functional.level_regularizer`, or `point_regularizer`.
 
         Args:
             x: weight.
@@ -165,7 +160,7 @@ class Quantizer(nn.Module):
         view, scale = self._prepare(x)
         if on == "quantized":
             view = self.fake_quantize(view, scale if scale_gradient else scale.detach(), 1.0)
-        return level_regularizer(view, scale, kind=kind, scale_gradient=scale_gradient, **self.codes._asdict())
+        return self._pull(view, scale, kind, scale_gradient)
 
     @torch.no_grad()
     def statistics(self, x: Tensor, *, soft: bool = False, power: int = 2) -> LevelStatistics:
@@ -182,12 +177,40 @@ class Quantizer(nn.Module):
         view, scale = self._prepare(x)
         if soft:
             view = self.fake_quantize(view, scale, 1.0)
-        return level_statistics(view, positive(scale), self.codes, power)
+        return self._sums(view, positive(scale), power)
+
+    # What depends on where the levels lie; quantizers whose levels are not evenly spaced replace these.
+
+    def _largest(self) -> float:
+        return self.codes.largest
+
+    def _straight_through(self, view: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
+        return lsq_quantize(view, scale, gradient_scale=gradient_scale, **self.codes._asdict())
+
+    def _nearest(self, view: Tensor, scale: Tensor) -> Tensor:
+        return hard_quantize(view, scale, **self.codes._asdict())
+
+    def _encode(self, view: Tensor, scale: Tensor) -> Tensor:
+        dtype = torch.uint8 if self.codes.lo >= 0 else torch.int8
+        return quantize(view, scale, **self.codes._asdict()).to(dtype)
+
+    def _decode(self, view: Tensor, scale: Tensor) -> Tensor:
+        return dequantize(view, scale, offset=self.codes.offset)
+
+    def _pull(self, view: Tensor, scale: Tensor, kind: str, scale_gradient: bool) -> Tensor:
+        return level_regularizer(view, scale, kind=kind, scale_gradient=scale_gradient, **self.codes._asdict())
+
+    def _sums(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
+        return level_statistics(view, scale, self.codes, power)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor in the layout's view, in at least float32, and the scale broadcastable to it."""
         dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
         return self.layout.view(x.to(dtype)), self.layout.broadcast(self.scale.to(dtype))
+
+    def _restore(self, view: Tensor, shape: torch.Size) -> Tensor:
+        """From the layout's view back to the shape of the tensor."""
+        return view.reshape(shape)
 
     def extra_repr(self) -> str:
         """Bits, levels and number of scales.

@@ -43,28 +43,15 @@ class SubsetQuantizer(PointQuantizer):
         **common: Any,
     ) -> None:
         """Remember what to choose from."""
-        super().__init__(bits, **common)
-        self.candidates, self.power, self.zero = candidates, power, zero
+        super().__init__(bits, power=power, **common)
+        self.candidates, self.zero = candidates, zero
         candidate_problem(candidates, bits, power=power, signed=self.signed, zero=zero)  # complains early
 
-    @torch.no_grad()
-    def calibrate_(
-        self, x: Tensor, method: str = "mse", *, importance: Tensor | None = None, power: int | None = None
-    ) -> None:
-        """Choose points and scale for a weight, in place.
-
-        Args:
-            x: the weight.
-            method: has no meaning here.
-            importance: of each weight, broadcastable to ``x``.
-            power: of the quantization loss; None takes the quantizer's own.
-        """
-        rows, h = self._data(x, importance)
-        bits, power = self.codes.bits, power or self.power
-        problem = candidate_problem(self.candidates, bits, power=power, signed=self.signed, zero=self.zero)
+    def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
+        problem = candidate_problem(self.candidates, self.codes.bits, power=power, signed=self.signed, zero=self.zero)
         shared = self.layout.scales > 1 and self.points.dim() == 1
         search = shared_subset if shared else search_rows
-        points, scale, _ = search(rows, h, problem.to(x.device), self.points.shape[-1])
+        points, scale, _ = search(rows, importance, problem.to(rows.device), self.points.shape[-1])
         self.set_points_(points.reshape(self.points.shape), scale)
 
 
@@ -73,7 +60,6 @@ class CodebookQuantizer(PointQuantizer):
 
     Args:
         bits: width of a code.
-        power: of the quantization loss, 2 or 4.
         **common: arguments of `PointQuantizer`.
 
     Source: Choi et al., Towards the Limit of Network Quantization, ICLR 2017.
@@ -84,26 +70,9 @@ class CodebookQuantizer(PointQuantizer):
     [-0.10000000149011612, 0.699999988079071]
     """
 
-    def __init__(self, bits: int, *, power: int = 2, **common: Any) -> None:
-        """Remember the power."""
-        super().__init__(bits, **common)
-        self.power = power
-
-    @torch.no_grad()
-    def calibrate_(
-        self, x: Tensor, method: str = "mse", *, importance: Tensor | None = None, power: int | None = None
-    ) -> None:
-        """Fit the levels to a weight, in place; the scale is the largest of them.
-
-        Args:
-            x: the weight.
-            method: has no meaning here.
-            importance: of each weight, broadcastable to ``x``.
-            power: of the quantization loss; None takes the quantizer's own.
-        """
-        rows, h = self._data(x, importance)
-        count, power = self.points.shape[-1], power or self.power
-        scales = torch.ones(1, dtype=torch.float64, device=x.device)
+    def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
+        count, h = self.points.shape[-1], importance
+        scales = torch.ones(1, dtype=torch.float64, device=rows.device)
         if self.layout.scales > 1:
             scales = rows.abs().amax(dim=1).double()
         if self.points.dim() == 1:  # one codebook, of the rows brought to one scale where there are several
@@ -138,26 +107,14 @@ class InputSubsetQuantizer(PointQuantizer):
 
     def __init__(self, codes: CodeRange, *, candidates: str | Sequence[float], power: int = 2, **common: Any) -> None:
         """Remember what to choose from."""
-        super().__init__(codes.bits, signed=True, **common)
-        self.candidates, self.power = candidates, power
+        super().__init__(codes.bits, signed=True, power=power, **common)
+        self.candidates = candidates
         self.codes = codes
 
-    @torch.no_grad()
-    def calibrate_(
-        self, x: Tensor, method: str = "mse", *, importance: Tensor | None = None, power: int | None = None
-    ) -> None:
-        """Choose points and scale for a sample of activations, in place.
-
-        Args:
-            x: the sample.
-            method: has no meaning here.
-            importance: of each value, such as the counts of a histogram.
-            power: of the quantization loss; None takes the quantizer's own.
-        """
-        rows, h = self._data(x, importance)
+    def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
         signed, count = self.codes.lo < 0, self.points.shape[-1]
         # magnitudes with a sign bit number half of the codes: unsigned inputs count as having one bit more
-        problem = candidate_problem(self.candidates, self.codes.bits + (not signed), power=power or self.power)
+        problem = candidate_problem(self.candidates, self.codes.bits + (not signed), power=power)
         magnitudes = rows.abs() if signed else rows.clamp_min(0)
-        points, scale, _ = search_rows(magnitudes, h, problem.to(x.device), count // 2 if signed else count)
+        points, scale, _ = search_rows(magnitudes, importance, problem.to(rows.device), count // 2 if signed else count)
         self.set_points_(signed_levels(points[0], signed=not signed), scale)

@@ -1,13 +1,14 @@
 """Pictures of a quantized network."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lq.network import distinct_weights, layer_statistics
 
-__all__ = ["alignment_figure", "weights_figure"]
+__all__ = ["alignment_figure", "histograms_figure", "weights_figure"]
 
 
 def weights_figure(model: nn.Module, most: int = 12) -> Any:
@@ -20,26 +21,47 @@ def weights_figure(model: nn.Module, most: int = 12) -> Any:
     Returns:
         Matplotlib figure.
     """
+    layers = dict(distinct_weights(model))
+
+    def panel(path: str) -> tuple[str, Tensor, list[float]]:
+        quantizer = layers[path].weight_quantizer
+        few = quantizer.layout.scales == 1 and quantizer.codes.levels <= 32
+        levels = quantizer.level_values().tolist() if few else []
+        return f"{path} ({quantizer.codes.bits} bits)", layers[path].float_weight(), levels
+
+    return histograms_figure("weights (blue) and levels (orange)", list(layers), panel, most)
+
+
+def histograms_figure(
+    title: str, paths: list[str], panel: Callable[[str], tuple[str, Tensor, list[float]]], most: int
+) -> Any:
+    """Histograms side by side, each with vertical lines.
+
+    Args:
+        title: of the figure.
+        paths: of the layers.
+        panel: from a path, the panel's title, the values, and where the lines are.
+        most: layers shown, spread evenly.
+
+    Returns:
+        Matplotlib figure.
+    """
     from matplotlib.figure import Figure
 
-    layers = list(distinct_weights(model))
-    picks = torch.linspace(0, len(layers) - 1, min(most, len(layers))).round().long().unique().tolist()
-    columns = min(4, len(picks))
-    rows = -(-len(picks) // columns)
+    picks = torch.linspace(0, len(paths) - 1, min(most, len(paths))).round().long().unique().tolist()
+    columns = max(1, min(4, len(picks)))
+    rows = max(1, -(-len(picks) // columns))
     figure = Figure(figsize=(3.6 * columns, 2.4 * rows), layout="constrained")
     for i, pick in enumerate(picks):
-        path, layer = layers[pick]
-        quantizer = layer.weight_quantizer
+        name, values, lines = panel(paths[pick])
         axes = figure.add_subplot(rows, columns, i + 1)
-        weights = layer.float_weight().detach().float().flatten().cpu()
-        axes.hist(weights.numpy(), bins=160, color="tab:blue")
-        if quantizer.layout.scales == 1 and quantizer.codes.levels <= 32:
-            for level in quantizer.level_values().tolist():
-                axes.axvline(level, color="tab:orange", linewidth=0.6)
-        axes.set_title(f"{path} ({quantizer.codes.bits} bits)", fontsize=8)
+        axes.hist(values.detach().float().flatten().cpu().numpy(), bins=160, color="tab:blue")
+        for line in lines:
+            axes.axvline(line, color="tab:orange", linewidth=0.6)
+        axes.set_title(name, fontsize=8)
         axes.set_yticks([])
         axes.tick_params(labelsize=7)
-    figure.suptitle("weights (blue) and levels (orange)", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lq.functional.layout import positive
 from lq.network import distinct_weights
 from lq.point_search import SearchReport
 from lq.quantizers import PointQuantizer
+from lq.tracking.figures import histograms_figure
 
 __all__ = ["accuracy_figure", "loss_figure", "points_figure"]
 
@@ -23,30 +23,22 @@ def points_figure(model: nn.Module, most: int = 12) -> Any:
     Returns:
         Matplotlib figure.
     """
-    from matplotlib.figure import Figure
+    layers = {
+        path: layer for path, layer in distinct_weights(model) if isinstance(layer.weight_quantizer, PointQuantizer)
+    }
 
-    layers = [(p, layer) for p, layer in distinct_weights(model) if isinstance(layer.weight_quantizer, PointQuantizer)]
-    picks = torch.linspace(0, len(layers) - 1, min(most, len(layers))).round().long().unique().tolist()
-    columns = max(1, min(4, len(picks)))
-    rows = max(1, -(-len(picks) // columns))
-    figure = Figure(figsize=(3.6 * columns, 2.4 * rows), layout="constrained")
-    for i, pick in enumerate(picks):
-        path, layer = layers[pick]
-        quantizer = layer.weight_quantizer
+    def panel(path: str) -> tuple[str, Tensor, list[float]]:
+        quantizer = layers[path].weight_quantizer
         assert isinstance(quantizer, PointQuantizer)
-        axes = figure.add_subplot(rows, columns, i + 1)
-        values = quantizer.layout.rows(layer.float_weight().detach().float())
-        values = (values / positive(quantizer.scale.detach()).reshape(-1, 1)).flatten().cpu()
+        values = quantizer.layout.rows(layers[path].float_weight().detach().float())
+        values = values / positive(quantizer.scale.detach()).reshape(-1, 1)
         largest = 1.3 * float(quantizer.points.abs().max())
-        axes.hist(values.clamp(-largest, largest).numpy(), bins=160, color="tab:blue")
         levels = quantizer.point_set.levels
-        for level in (levels if levels.dim() == 1 else levels[0]).tolist():
-            axes.axvline(level, color="tab:orange", linewidth=0.7)
-        axes.set_title(f"{path} ({quantizer.codes.bits} bits)", fontsize=8)
-        axes.set_yticks([])
-        axes.tick_params(labelsize=7)
-    figure.suptitle("weights over their scale (blue) and chosen points (orange)", fontsize=9)
-    return figure
+        lines = (levels if levels.dim() == 1 else levels[0]).tolist()
+        return f"{path} ({quantizer.codes.bits} bits)", values.clamp(-largest, largest), lines
+
+    title = "weights over their scale (blue) and chosen points (orange)"
+    return histograms_figure(title, list(layers), panel, most)
 
 
 def loss_figure(report: SearchReport) -> Any:

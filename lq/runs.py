@@ -1,0 +1,109 @@
+"""What the runs of recipes share: a described, finalized tracking run, a Trainer, a test, stored files and figures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+
+from lq.classifier import Classifier
+from lq.tracking import is_mlflow
+
+__all__ = ["RunSettings", "make_trainer", "score", "store_files", "tracked"]
+
+
+class RunSettings(Protocol):
+    """What every run's settings have."""
+
+    @property
+    def data(self) -> LightningDataModule:
+        """The DataModule."""
+        ...
+
+    trainer: dict[str, Any]
+    loggers: list[Any]
+    output_dir: Path
+    description: dict[str, Any] | None
+
+
+@contextmanager
+def tracked(settings: RunSettings) -> Iterator[None]:
+    """A run in each tracking store: described at the start, ended as successful or as failed.
+
+    Args:
+        settings: of the run.
+
+    Yields:
+        Nothing.
+    """
+    description = settings.description or {}
+    for logger in settings.loggers:
+        logger.log_hyperparams(description)
+        if is_mlflow(logger):
+            logger.experiment.log_dict(logger.run_id, description, "config.yaml")
+    try:
+        yield
+    except BaseException:
+        for logger in settings.loggers:
+            logger.finalize("failed")
+        raise
+    for logger in settings.loggers:
+        logger.finalize("success")
+
+
+def make_trainer(settings: RunSettings, callbacks: Sequence[Callback] = (), **changes: Any) -> Trainer:
+    """The Trainer of a stage.
+
+    Args:
+        settings: of the run.
+        callbacks: of the stage.
+        **changes: arguments of the Trainer that differ in this stage.
+
+    Returns:
+        The Trainer.
+    """
+    arguments: dict[str, Any] = {
+        **settings.trainer,
+        "logger": settings.loggers,
+        "callbacks": list(callbacks),
+        "default_root_dir": settings.output_dir,
+        "enable_autolog_hparams": False,  # the run is described once, by its configuration
+        **changes,
+    }
+    return Trainer(**arguments)
+
+
+def score(settings: RunSettings, classifier: Classifier, prefix: str, *callbacks: Callback) -> tuple[float, Trainer]:
+    """Score on the test set.
+
+    Args:
+        settings: of the run.
+        classifier: what to score.
+        prefix: of the logged names.
+        *callbacks: of the Trainer.
+
+    Returns:
+        The accuracy, from 0 to 1, and the Trainer that found it.
+    """
+    classifier.prefix = prefix
+    trainer = make_trainer(settings, callbacks, enable_checkpointing=False)
+    results = trainer.test(classifier, settings.data, verbose=False)
+    classifier.prefix = ""
+    return results[0][f"{prefix}test/acc"], trainer
+
+
+def store_files(loggers: Sequence[Any], paths: Sequence[Path], figures: Mapping[str, Any]) -> None:
+    """Store what a run made where the tracking store keeps artifacts, under "lq/".
+
+    Args:
+        loggers: Lightning loggers; those without artifacts are passed over.
+        paths: files.
+        figures: Matplotlib figures by file name.
+    """
+    for logger in filter(is_mlflow, loggers):
+        store, run_id = logger.experiment, logger.run_id
+        for path in paths:
+            store.log_artifact(run_id, str(path), "lq")
+        for name, figure in figures.items():
+            store.log_figure(run_id, figure, f"lq/{name}")

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+import lq
+from lq.functional import fit_codebook
+from lq.functional.layout import ScaleLayout
+from lq.quantizers import CodebookQuantizer, SubsetQuantizer
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("power", [2, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_subset_quantizer_finds_what_the_search_finds(signed, power, weighted):
+    weight = torch.randn(6, 40)
+    h = torch.rand(6, 40) if weighted else None
+    layout = ScaleLayout.along(weight.shape, 0)
+    quantizer = SubsetQuantizer(3, signed=signed, power=power, per_channel=True, layout=layout)
+    quantizer.calibrate_(weight, importance=h)
+    found = lq.search_subset(weight, bits=3, signed=signed, power=power, importance=h, channel_axis=0)
+    torch.testing.assert_close(quantizer.points, found.points, rtol=0, atol=0)
+    torch.testing.assert_close(quantizer.scale.detach(), found.scale, rtol=0, atol=0)
+    torch.testing.assert_close(quantizer.hard(weight), found.dequantize(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_codebook_quantizer_finds_the_optimum(signed):
+    weight = torch.randn(6, 40)
+    quantizer = CodebookQuantizer(3, signed=signed)
+    quantizer.calibrate_(weight)
+    _, loss = fit_codebook(weight, quantizer.points.numel(), signed=signed)
+    assert float((quantizer.hard(weight).detach().double() - weight).square().sum()) == pytest.approx(loss.item(), rel=1e-5)
