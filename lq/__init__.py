@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lq.calibration import calibrate, reestimate_batch_norm
     from lq.callbacks import HoldAtAlignment, HoldAtStep, HoldOnPlateau, LearnedQuantization, QuantizationTracker
     from lq.checkpoints import load_from_checkpoint
+    from lq.exporting import ArtifactError, IntegerNetwork, UnsupportedError, load, save
     from lq.functional import SubsetResult, search_subset, two_word_candidates
     from lq.network import network_size, parameter_groups, scale_regularizer, set_slope
     from lq.point_search import SearchReport, StaleResultError, search
@@ -25,6 +26,11 @@ _NAMES = {
     "LearnedQuantization": "lq.callbacks",
     "QuantizationTracker": "lq.callbacks",
     "load_from_checkpoint": "lq.checkpoints",
+    "ArtifactError": "lq.exporting",
+    "IntegerNetwork": "lq.exporting",
+    "UnsupportedError": "lq.exporting",
+    "load": "lq.exporting",
+    "save": "lq.exporting",
     "SubsetResult": "lq.functional",
     "search_subset": "lq.functional",
     "two_word_candidates": "lq.functional",
@@ -44,9 +50,11 @@ _NAMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "ArtifactError",
     "HoldAtAlignment",
     "HoldAtStep",
     "HoldOnPlateau",
+    "IntegerNetwork",
     "LearnedQuantization",
     "QuantSpec",
     "QuantizationTracker",
@@ -55,10 +63,12 @@ __all__ = [
     "StaleResultError",
     "SubsetResult",
     "SwapReport",
+    "UnsupportedError",
     "calibrate",
     "callbacks",
     "dequantize_model",
     "functional",
+    "load",
     "load_from_checkpoint",
     "metrics",
     "models",
@@ -68,6 +78,7 @@ __all__ = [
     "quantize_model",
     "quantizers",
     "reestimate_batch_norm",
+    "save",
     "scale_regularizer",
     "search",
     "search_subset",

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lq.nn import CappedReLU, is_transposed
-from lq.spec import POINT_QUANTIZERS, LayerSpec, QuantSpec
-from lq.surgery import layer_specs, quantize_model, set_widths
+from lq.spec import LayerSpec, QuantSpec
+from lq.surgery import caps_and_biases, layer_specs, rebuild, restore_parts, set_widths
 
 __all__ = ["checkpoint_entry", "load_from_checkpoint", "restore_plan"]
 
@@ -32,8 +31,7 @@ def checkpoint_entry(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
     layers = {path: layer.to_dict() for path, layer in layer_specs(model).items()}
     names = {f.name for f in fields(QuantSpec)}
     plain = {name: value for name, value in spec.to_dict().items() if name in names}
-    caps = {path: module.cap.numel() for path, module in model.named_modules() if isinstance(module, CappedReLU)}
-    biases = [path for path in layers if model.get_submodule(path).bias is not None]
+    caps, biases = caps_and_biases(model)
     return {"version": VERSION, "spec": plain, "layers": layers, "caps": caps, "biases": biases}
 
 
@@ -57,7 +55,7 @@ def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpe
             f"{'; '.join(changes)}. Give the callback the checkpoint's values, or start anew without ckpt_path"
         )
     _restore_layers(model, entry)
-    _restore_parts(model, entry)
+    restore_parts(model, entry.get("caps", {}), entry.get("biases", ()))
 
 
 def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,32 +81,6 @@ def _restore_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
             f"the checkpoint {missing}. Build the same model, or start anew without ckpt_path"
         )
     set_widths(model, saved, calibrate=False)
-
-
-def _rebuild(model: nn.Module, entry: Mapping[str, Any]) -> None:
-    """Make a float model what the checkpoint's was, but for the values that its weights will bring."""
-    layers = {path: LayerSpec(**values) for path, values in entry["layers"].items()}
-    plain = {"quantizer": "lsq", "scale_init": "max"}  # points come from the file: nothing is to be searched for them
-    overrides = {
-        path: {**spec.to_dict(), **(plain if spec.quantizer in POINT_QUANTIZERS else {})}
-        for path, spec in layers.items()
-    }
-    quantize_model(model, QuantSpec(include=list(layers), overrides=overrides, first_last_bits=None))
-    _restore_layers(model, entry)
-    _restore_parts(model, entry)
-
-
-def _restore_parts(model: nn.Module, entry: Mapping[str, Any]) -> None:
-    """Parts that a search added: caps of rescaled ReLU6, biases."""
-    for path, channels in entry.get("caps", {}).items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, CappedReLU(torch.ones(channels)))
-    for path in entry.get("biases", ()):
-        layer = model.get_submodule(path)
-        if layer.bias is None:
-            weight = cast(Tensor, layer.weight)
-            channels = weight.shape[1] * cast(int, layer.groups) if is_transposed(layer) else weight.shape[0]
-            layer.bias = nn.Parameter(torch.zeros(channels))
 
 
 def load_from_checkpoint(
@@ -139,7 +111,8 @@ def load_from_checkpoint(
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         load(self, checkpoint)
         entry = _entry(checkpoint)
-        _rebuild(self, entry)
+        layers = {path: LayerSpec(**values) for path, values in entry["layers"].items()}
+        rebuild(self, layers, caps=entry.get("caps"), biases=entry.get("biases", ()))
 
     # Lightning calls this hook of the class it is given between building the module and loading the weights
     loader = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lq.callbacks import LearnedQuantization
 from lq.checkpoints import load_from_checkpoint
 from lq.classifier import Classifier
-from lq.exporting import save_codes
+from lq.exporting import load, save
 from lq.network import NetworkSize, network_size
-from lq.runs import make_trainer, score, store_files, tracked
+from lq.runs import input_of, make_trainer, score, store_files, tracked
 from lq.surgery import make_plan
 from lq.text import format_table
 from lq.tracking import log_text, metric, network_metrics
@@ -22,7 +22,7 @@ from lq.tracking.figures import alignment_figure, weights_figure
 
 __all__ = ["Outcome", "Settings", "run"]
 
-CODES = "quantized.safetensors"
+NETWORK = "network.lq.safetensors"
 _say = rank_zero_only(print)
 
 
@@ -72,14 +72,14 @@ class Outcome:
         quantized_accuracy: of the hard quantized network on the test set.
         alignment: of its weights.
         size: of its weights.
-        codes: file of codes and scales.
+        network: the packed network, for `lq.load`.
     """
 
     float_accuracy: float | None
     quantized_accuracy: float
     alignment: float
     size: NetworkSize
-    codes: Path
+    network: Path
 
     def __str__(self) -> str:
         """A short table."""
@@ -94,7 +94,7 @@ class Outcome:
                 f"{size.packed_bytes:,} bytes ({size.bits_per_weight:.2f} bits each, 1/{ratio:.1f})",
             ),
             ("alignment", f"{self.alignment:.3f}"),
-            ("codes and scales", str(self.codes)),
+            ("network, packed", str(self.network)),
         ]
         return format_table(("result", "value"), rows)
 
@@ -130,20 +130,22 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
     _say("Quantization-aware training")
     trainer.fit(classifier, settings.data, ckpt_path=settings.ckpt_path, weights_only=True)
     stored = _stored(settings, trainer, classifier)
-    accuracy, _ = score(settings, stored, "")
-    codes = settings.output_dir / CODES
+    network = settings.output_dir / NETWORK
     if trainer.is_global_zero:
-        save_codes(stored, codes)
+        save(stored, network, input=input_of(settings.data), metrics=_monitored(settings, trainer))
+    trainer.strategy.barrier()
+    stored.model = load(network)  # what is scored is what ships
+    accuracy, _ = score(settings, stored, "")
     outcome = Outcome(
         float_accuracy=float_accuracy,
         quantized_accuracy=accuracy,
         alignment=network_metrics(stored, layers=False)[metric("alignment")],
         size=network_size(stored),
-        codes=codes,
+        network=network,
     )
     if trainer.is_global_zero:
         figures = {"weights.png": weights_figure(stored), "alignment.png": alignment_figure(stored)}
-        store_files(settings.loggers, [codes], figures)
+        store_files(settings.loggers, [network], figures)
         log_text(settings.loggers, "lq/outcome.txt", str(outcome))
     return outcome
 
@@ -159,8 +161,22 @@ def _float_stage(settings: Settings, classifier: Classifier) -> float:
     return score(settings, classifier, "float/")[0]
 
 
+def _checkpoint(settings: Settings, trainer: Trainer) -> ModelCheckpoint | None:
+    """What chose the network that is stored, None where the last one is."""
+    found = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    return found if settings.select == "best" and found is not None and found.best_model_path else None
+
+
+def _monitored(settings: Settings, trainer: Trainer) -> dict[str, float]:
+    """The metric by which the network was chosen."""
+    checkpoint = _checkpoint(settings, trainer)
+    if checkpoint is None or checkpoint.monitor is None or checkpoint.best_model_score is None:
+        return {}
+    return {checkpoint.monitor: float(checkpoint.best_model_score)}
+
+
 def _stored(settings: Settings, trainer: Trainer, classifier: Classifier) -> Classifier:
-    checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-    if settings.select == "last" or checkpoint is None or not checkpoint.best_model_path:
+    checkpoint = _checkpoint(settings, trainer)
+    if checkpoint is None:
         return copy.deepcopy(classifier).eval()
     return load_from_checkpoint(Classifier, checkpoint.best_model_path, map_location="cpu")

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lq.classifier import Classifier
 from lq.tracking import is_mlflow
 
-__all__ = ["RunSettings", "make_trainer", "score", "store_files", "tracked"]
+__all__ = ["RunSettings", "input_of", "make_trainer", "score", "store_files", "tracked"]
 
 
 class RunSettings(Protocol):
@@ -72,6 +72,23 @@ def make_trainer(settings: RunSettings, callbacks: Sequence[Callback] = (), **ch
         **changes,
     }
     return Trainer(**arguments)
+
+
+def input_of(data: LightningDataModule) -> dict[str, Any]:
+    """What a network that was trained on these data takes, for its artifact.
+
+    Args:
+        data: set up for testing or fitting.
+
+    Returns:
+        Shape of one image, and mean and std by which pixels from 0 to 1 are normalised, as far as the data say so.
+    """
+    dataset = next((getattr(data, n) for n in ("test", "val", "train") if getattr(data, n, None) is not None), None)
+    found: dict[str, Any] = {"shape": list(dataset[0][0].shape)} if dataset is not None else {}
+    for name in ("mean", "std"):
+        values = getattr(data, name, None)
+        found |= {} if values is None else {name: [float(v) for v in values]}
+    return found
 
 
 def score(settings: RunSettings, classifier: Classifier, prefix: str, *callbacks: Callback) -> tuple[float, Trainer]:

@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lq.checkpoints import checkpoint_entry
 from lq.classifier import Classifier
 from lq.data import ImageData
-from lq.exporting import save_codes
+from lq.exporting import save
 from lq.network import NetworkSize, network_size
 from lq.point_search import SearchReport, search
-from lq.runs import make_trainer, score, store_files, tracked
+from lq.runs import input_of, make_trainer, score, store_files, tracked
 from lq.search_spec import SearchSpec
 from lq.text import format_table
 from lq.tracking import log_rows, log_text, network_metrics
@@ -20,7 +20,7 @@ from lq.tracking.search_figures import accuracy_figure, loss_figure, points_figu
 
 __all__ = ["SearchOutcome", "SearchSettings", "run_search"]
 
-CODES, NETWORK = "quantized.safetensors", "network.ckpt"
+PACKED, NETWORK = "network.lq.safetensors", "network.ckpt"
 
 
 @dataclass
@@ -33,7 +33,7 @@ class SearchSettings:
         data: the DataModule.
         trainer: arguments of the Trainer that tests, and trains the float network where asked.
         loggers: Lightning loggers.
-        output_dir: folder for the network, its codes, and what is kept of an interrupted search.
+        output_dir: folder for the network, the packed one, and what is kept of an interrupted search.
         seed: of everything that is random.
         calibration_images: training images that the search may look at.
         calibration_batch_size: images per batch of those.
@@ -65,7 +65,7 @@ class SearchOutcome:
         float_accuracy: of the float network on the test set.
         quantized_accuracy: of the searched network on the test set.
         size: of its weights.
-        codes: file of codes, scales and points.
+        packed: the packed network, for `lq.load`.
         network: checkpoint for `lq.load_from_checkpoint`.
     """
 
@@ -73,7 +73,7 @@ class SearchOutcome:
     float_accuracy: float
     quantized_accuracy: float
     size: NetworkSize
-    codes: Path
+    packed: Path
     network: Path
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class SearchOutcome:
             ("weights, float", f"{size.float_bytes:,} bytes"),
             ("weights, searched", f"{size.packed_bytes:,} bytes ({size.bits_per_weight:.2f} bits each)"),
             ("seconds of search", f"{self.report.seconds:.1f}"),
-            ("codes, scales and points", str(self.codes)),
+            ("network, packed", str(self.packed)),
             ("network", str(self.network)),
         ]
         return format_table(("result", "value"), rows)
@@ -133,8 +133,9 @@ def _run(settings: SearchSettings, classifier: Classifier) -> SearchOutcome:
     accuracy, trainer = score(settings, classifier, "", _Entry(checkpoint_entry(classifier, settings.spec)))
     network = settings.output_dir / NETWORK
     trainer.save_checkpoint(network)
-    codes = save_codes(classifier, settings.output_dir / CODES)
-    outcome = SearchOutcome(report, float_accuracy, accuracy, network_size(classifier), codes, network)
+    metrics = {"test/acc": accuracy}
+    packed = save(classifier, settings.output_dir / PACKED, input=input_of(settings.data), metrics=metrics)
+    outcome = SearchOutcome(report, float_accuracy, accuracy, network_size(classifier), packed, network)
     for logger in settings.loggers:
         logger.log_metrics(network_metrics(classifier))
     log_text(settings.loggers, "lq/search_report.txt", str(report))
@@ -145,5 +146,5 @@ def _run(settings: SearchSettings, classifier: Classifier) -> SearchOutcome:
         "loss.png": loss_figure(report),
         "accuracy.png": accuracy_figure(float_accuracy, accuracy),
     }
-    store_files(settings.loggers, [codes, network], figures)
+    store_files(settings.loggers, [packed, network], figures)
     return outcome

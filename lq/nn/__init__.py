@@ -6,6 +6,7 @@ from lq.nn.capped import CappedReLU
 from lq.nn.layers import (
     FixedWeight,
     QuantLayer,
+    fix_weight,
     from_float,
     is_transposed,
     operator_weight,
@@ -22,6 +23,7 @@ __all__ = [
     "ObserveOperator",
     "QuantLayer",
     "SubstituteWeight",
+    "fix_weight",
     "from_float",
     "is_transposed",
     "named_quantized_layers",

@@ -14,7 +14,16 @@ from torch.nn.utils import parametrize
 from lq.nn.substitute import LAYER_TYPES, TRANSPOSED_TYPES, SubstituteWeight, probe_input
 from lq.quantizers import ActivationQuantizer, Quantizer
 
-__all__ = ["FixedWeight", "QuantLayer", "from_float", "operator_weight", "to_float", "uses_own_weight", "weight_key"]
+__all__ = [
+    "FixedWeight",
+    "QuantLayer",
+    "fix_weight",
+    "from_float",
+    "operator_weight",
+    "to_float",
+    "uses_own_weight",
+    "weight_key",
+]
 
 _OWN_FORWARDS = {t.forward for t in LAYER_TYPES}
 
@@ -30,7 +39,11 @@ class _Derived(nn.Module):
     float_class: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mro__[1], self.float_class), self.__dict__
+        mixins, kind = [], type(self)
+        while issubclass(kind, _Derived):
+            mixins.append(kind.__mro__[1])
+            kind = kind.float_class
+        return _rebuild, (kind, *reversed(mixins)), self.__dict__
 
 
 class QuantLayer(_Derived):
@@ -100,19 +113,19 @@ class FixedWeight(_Derived):
         """
         weight = cast(Tensor, self.weight)
         with SubstituteWeight(weight.shape, lambda _: weight):
-            return self.float_class.forward(self, *args, **kwargs)
+            return super().forward(*args, **kwargs)
 
 
 @cache
 def _derived(mixin: type[_Derived], float_class: type[nn.Module]) -> type[_Derived]:
-    prefix = "Quant" if mixin is QuantLayer else "Fixed"
-    name = prefix + float_class.__name__
+    name = ("Quant" if mixin is QuantLayer else "Fixed") + float_class.__name__
     return cast(type[_Derived], type(name, (mixin, float_class), {"float_class": float_class}))
 
 
-def _rebuild(mixin: type[_Derived], float_class: type[nn.Module]) -> nn.Module:
-    made = _derived(mixin, float_class)
-    return made.__new__(made)
+def _rebuild(float_class: type[nn.Module], *mixins: type[_Derived]) -> nn.Module:
+    for mixin in mixins:
+        float_class = _derived(mixin, float_class)
+    return float_class.__new__(float_class)
 
 
 def operator_weight(module: nn.Module, float_class: type[nn.Module] | None = None) -> Tensor:
@@ -156,7 +169,7 @@ def from_float(module: nn.Module, weight_quantizer: Quantizer, input_quantizer: 
     >>> type(layer).__name__, isinstance(layer, nn.Linear)
     ('QuantLinear', True)
     """
-    if not isinstance(module, LAYER_TYPES) or isinstance(module, _Derived):
+    if not isinstance(module, LAYER_TYPES) or isinstance(module, QuantLayer):
         raise TypeError(f"module must be a float convolution or linear layer, got {type(module).__name__}")
     float_class = type(module)
     transforms = not uses_own_weight(float_class) and operator_weight(module) is not module.weight
@@ -202,6 +215,18 @@ def to_float(module: QuantLayer, weight: Tensor | None = None, *, own: bool = Fa
         return
     with torch.no_grad():
         cast(Tensor, module.weight).copy_(weight)
+
+
+def fix_weight(module: nn.Module) -> None:
+    """Let a layer whose class computes its weight hold the computed one instead, in place.
+
+    Args:
+        module: a float convolution or linear layer; its weight becomes a parameter of its own.
+    """
+    if parametrize.is_parametrized(module, "weight"):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    if not uses_own_weight(type(module)):
+        module.__class__ = _derived(FixedWeight, type(module))  # type: ignore[assignment]
 
 
 def weight_key(module: nn.Module) -> int:

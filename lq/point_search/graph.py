@@ -11,7 +11,7 @@ from torch import fx, nn
 from lq.calibration import BATCH_NORMS
 from lq.nn import LAYER_TYPES
 
-__all__ = ["Chain", "trace_chains"]
+__all__ = ["Chain", "LayerTracer", "trace_chains"]
 
 _RELUS = (nn.ReLU, nn.ReLU6)
 _RELU_CALLS = {torch.relu: nn.ReLU, F.relu: nn.ReLU, F.relu6: nn.ReLU6, "relu": nn.ReLU, "relu_": nn.ReLU}
@@ -38,10 +38,11 @@ class Chain:
     next_layer: str | None = None
 
 
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
     """Keeps layers and norms whole, whatever class of theirs it is."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """A layer, a norm, or a module without children."""
         return isinstance(m, LAYER_TYPES + BATCH_NORMS) or not any(m.children())
 
 
@@ -60,7 +61,7 @@ def trace_chains(model: nn.Module) -> tuple[dict[str, Chain], str]:
     Chain(layer='0', norm='1', relu='2', cap=inf, next_layer='3')
     """
     try:
-        graph = _Tracer().trace(model)
+        graph = LayerTracer().trace(model)
     except Exception as error:  # whatever a network's own code raises on symbolic inputs is the reason
         return {}, f"{type(error).__name__}: {error}"
     modules = dict(model.named_modules(remove_duplicate=False))

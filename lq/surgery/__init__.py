@@ -2,6 +2,7 @@
 
 from lq.surgery.discover import Found, execution_order, find_layers, run_example
 from lq.surgery.plan import Plan, PlannedLayer, make_plan
+from lq.surgery.rebuild import caps_and_biases, rebuild, restore_parts
 from lq.surgery.report import SwapReport, SwapRow
 from lq.surgery.swap import (
     apply_plan,
@@ -21,6 +22,7 @@ __all__ = [
     "SwapReport",
     "SwapRow",
     "apply_plan",
+    "caps_and_biases",
     "dequantize_model",
     "execution_order",
     "find_layers",
@@ -29,6 +31,8 @@ __all__ = [
     "make_plan",
     "quantize_model",
     "reassign_ends",
+    "rebuild",
+    "restore_parts",
     "run_example",
     "set_widths",
     "swap_report",

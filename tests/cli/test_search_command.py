@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from safetensors.torch import load_file
 
 import lq as package
 from lq.classifier import Classifier
@@ -58,7 +57,7 @@ def test_the_run_is_tracked_whole(finished):
     assert run.info.run_name == "cifar_resnet8 subset W4A4 inputs equalized reconstructed"
     assert {"float/test/acc", "test/acc", "lq/sqnr_db", "lq/bits_per_weight"} <= set(run.data.metrics)
     assert run.data.params["search/bits"] == "4"
-    names = {"search_report.txt", "search_report.json", "outcome.txt", "quantized.safetensors", "network.ckpt"}
+    names = {"search_report.txt", "search_report.json", "outcome.txt", "network.lq.safetensors", "network.ckpt"}
     names |= {"points.png", "loss.png", "accuracy.png"}
     assert {f.path for f in client.list_artifacts(run.info.run_id, "lq")} == {f"lq/{name}" for name in names}
 
@@ -75,12 +74,11 @@ def test_the_stored_network_loads_and_is_the_one_that_was_scored(finished):
     said = re.search(r"searched +(\d+\.\d\d)%", out)
     assert said is not None
     assert f"{100 * right / total:.2f}" == said[1]
-    tensors = load_file(folder / "out" / "quantized.safetensors")
-    for path, layer in named_quantized_layers(module).items():
-        quantizer = layer.weight_quantizer
-        assert torch.equal(quantizer.encode(layer.float_weight()), tensors[f"{path}.codes"])
-        if isinstance(quantizer, PointQuantizer):
-            assert torch.equal(quantizer.points, tensors[f"{path}.points"])
+    packed = package.load(folder / "out" / "network.lq.safetensors")
+    for path, layer in named_quantized_layers(module.model).items():
+        assert torch.equal(packed.get_submodule(path).weight, layer.quantized_weight())
+        if isinstance(layer.weight_quantizer, PointQuantizer):
+            assert torch.equal(packed.get_submodule(path).weight_quantizer.points, layer.weight_quantizer.points)
 
 
 def test_the_same_folder_is_not_searched_twice(finished):

@@ -1,6 +1,5 @@
 """The main job, and a sweep of it, as a user runs them."""
 
-import json
 import os
 import re
 import signal
@@ -15,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from safetensors import safe_open
-from safetensors.torch import load_file
+from torchmetrics.classification import MulticlassAccuracy
 
 import lq as package
 from lq.classifier import Classifier
+from lq.data import DigitsData
+from lq.exporting import read_header
+from lq.nn import named_quantized_layers
 from tests.helpers.commands import QUICK, lq
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -59,21 +60,26 @@ def test_the_run_is_tracked_beside_the_work(finished):
     files = {f.path for f in client.list_artifacts(run.info.run_id, "lq")}
     pictures = {"lq/weights.png", "lq/alignment.png"}
     assert (
-        files == {"lq/swap_report.txt", "lq/swap_report.json", "lq/outcome.txt", "lq/quantized.safetensors"} | pictures
+        files == {"lq/swap_report.txt", "lq/swap_report.json", "lq/outcome.txt", "lq/network.lq.safetensors"} | pictures
     )
 
 
-def test_stored_codes_and_scales_give_the_weights_of_the_best_network(finished):
+def test_the_packed_file_is_the_best_network_and_scores_what_was_logged(finished):
     folder, _ = finished
     best = next((folder / "out" / "checkpoints").glob("epoch*.ckpt"))
     module = package.load_from_checkpoint(Classifier, best)
-    tensors = load_file(folder / "out" / "quantized.safetensors")
-    with safe_open(folder / "out" / "quantized.safetensors", "pt") as file:
-        layers = json.loads(file.metadata()["lq"])["layers"]
-    assert len(layers) == 8
-    for path, codes in layers.items():
-        stored = (tensors[f"{path}.codes"].float() + codes["offset"]) * tensors[f"{path}.scale"]
-        assert torch.equal(stored, module.get_submodule(path).quantized_weight())
+    packed = package.load(folder / "out" / "network.lq.safetensors")
+    for path, layer in named_quantized_layers(packed).items():
+        assert torch.equal(layer.weight, module.model.get_submodule(path).quantized_weight())
+    header = read_header(folder / "out" / "network.lq.safetensors")[1]
+    assert header["input"]["shape"] == [1, 8, 8]
+    data = DigitsData()
+    data.setup("fit")
+    accuracy = MulticlassAccuracy(10, average="micro")
+    with torch.no_grad():
+        for x, y in data.val_dataloader():
+            accuracy.update(packed(x), y)
+    assert float(accuracy.compute()) == header["metrics"]["val/acc"]
 
 
 def test_a_run_resumes_from_its_last_checkpoint(finished):
@@ -97,7 +103,7 @@ def test_two_devices_leave_one_run_and_one_file(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("test accuracy, quantized") == 1
-    assert len(load_file(tmp_path / "out" / "quantized.safetensors")) == 16
+    assert len(named_quantized_layers(package.load(tmp_path / "out" / "network.lq.safetensors"))) == 8
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("digits")
     assert experiment is not None
@@ -124,10 +130,10 @@ def test_bad_input_is_refused_before_anything_is_tracked(tmp_path, override, mes
 
 
 def test_commands_and_their_help(tmp_path):
-    assert "{train,search,compare}" in lq(cwd=tmp_path).stdout
+    assert "{train,search,export,inspect,compare}" in lq(cwd=tmp_path).stdout
     unknown = lq("trian", cwd=tmp_path)
     assert unknown.returncode == 1
-    assert "command must be train, search or compare, got 'trian'" in unknown.stderr
+    assert "command must be train, search, export, inspect or compare, got 'trian'" in unknown.stderr
     assert "side by side" in lq("compare", "--help", cwd=tmp_path).stdout
 
 

@@ -136,7 +136,7 @@ def test_the_imagenet_recipe_runs_on_a_folder(folder, tmp_path):
     done = lq("train", "recipes=imagenet_timm", f"data.root={folder}", *small, *settings, *quiet, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "21 of 21 layers quantized" in done.stdout
-    assert (tmp_path / "out" / "quantized.safetensors").is_file()
+    assert (tmp_path / "out" / "network.lq.safetensors").is_file()
     fields = ["search.bits=2", "search.reconstruct=2", "search.reference=false", "calibration_images=4"]
     quiet[1] = "output_dir=searched"
     recipe = ["recipes=search_imagenet_timm", f"data.root={folder}"]

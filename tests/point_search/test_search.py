@@ -392,22 +392,13 @@ def test_the_callback_searches_points_by_itself():
     assert kinds[0] == kinds[-1] == "LSQQuantizer"  # the ends are uniform
 
 
-def test_the_stored_file_holds_codes_points_and_scales(tmp_path):
-    from safetensors.torch import load_file
-
-    from lq.exporting import save_codes
-
+def test_a_searched_network_is_stored_and_comes_back(tmp_path):
     model = small_cnn()
     search(model)
-    tensors = load_file(save_codes(model, tmp_path / "codes.safetensors"))
-    for path, layer in named_quantized_layers(model).items():
-        quantizer = layer.weight_quantizer
-        if not isinstance(quantizer, PointQuantizer):
-            continue
-        codes = tensors[f"{path}.codes"].long()
-        table = torch.cat([tensors[f"{path}.points"], -tensors[f"{path}.points"]])
-        value = table[codes] * tensors[f"{path}.scale"].reshape(-1, 1, 1, 1)
-        assert torch.equal(value, layer.quantized_weight())
+    target = {"import_path": "tests.helpers.modules:small_cnn"}
+    loaded = lq.load(lq.save(model, tmp_path / "net.lq.safetensors", architecture=target), allow=target.values())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(loaded(x), model.eval()(x))
 
 
 @needs_data

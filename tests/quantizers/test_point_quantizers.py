@@ -28,4 +28,5 @@ def test_a_codebook_quantizer_finds_the_optimum(signed):
     quantizer = CodebookQuantizer(3, signed=signed)
     quantizer.calibrate_(weight)
     _, loss = fit_codebook(weight, quantizer.points.numel(), signed=signed)
-    assert float((quantizer.hard(weight).detach().double() - weight).square().sum()) == pytest.approx(loss.item(), rel=1e-5)
+    error = quantizer.hard(weight).detach().double() - weight
+    assert error.square().sum().item() == pytest.approx(loss.item(), rel=1e-5)

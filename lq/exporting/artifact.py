@@ -1,0 +1,268 @@
+"""The artifact: a quantized network as one file, its weights packed at exactly their widths, and back."""
+
+import platform
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lq.exporting.architecture import architecture_of, build, network_of
+from lq.exporting.files import ArtifactError, read_artifact, write_artifact
+from lq.functional.packing import pack, packed_bytes, unpack
+from lq.network import distinct_weights
+from lq.nn import QuantLayer, named_quantized_layers, weight_key
+from lq.spec import LayerSpec
+from lq.surgery import caps_and_biases, layer_specs, rebuild
+
+__all__ = ["load", "read_header", "save"]
+
+
+@torch.no_grad()
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    input: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> Path:
+    """Store a quantized network as one safetensors file, written whole or not at all.
+
+    Every quantized weight becomes its codes, packed at exactly their width; everything else the network holds is kept
+    as it is, batch norms unfolded.
+
+    Args:
+        model: a quantized model, or a LightningModule that keeps one as ``model``.
+        path: of the file, by custom ending in ".lq.safetensors".
+        architecture: how to build the float network: a timm name with arguments, ``{"name": "resnet18",
+            "num_classes": 10}``, or a function, ``{"import_path": "package.module:function", "arguments": {}}``, which
+            whoever loads the file must allow. None asks the model.
+        input: what the network takes, such as ``{"shape": [3, 32, 32], "mean": [...], "std": [...]}``: images from 0 to
+            1 are normalised by ``(x - mean) / std``.
+        metrics: measured of this network, such as ``{"val/acc": 0.9}``.
+        provenance: where it comes from, such as a run id; versions of the libraries are added.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for a model without quantized layers, or whose architecture builds another network.
+
+    >>> import lq, tempfile
+    >>> model = lq.models.create_model("cifar_resnet8")
+    >>> report = lq.quantize_model(model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(model, folder + "/net.lq.safetensors", architecture={"name": "cifar_resnet8"})
+    ...     loaded = load(path)
+    >>> torch.equal(loaded.conv1.quantized_weight(), model.conv1.quantized_weight())
+    True
+    """
+    architecture = dict(architecture or architecture_of(model))
+    network = network_of(model)
+    if not named_quantized_layers(network):
+        raise ValueError("model must have quantized layers, got none: call lq.quantize_model or use the callback")
+    tensors, layers = _pack(network)
+    caps, biases = caps_and_biases(network)
+    header = {
+        "architecture": architecture,
+        "layers": layers,
+        "caps": caps,
+        "biases": biases,
+        "fixed": [path for path, layer in named_quantized_layers(network).items() if _computes_weight(layer)],
+        "input": dict(input or {}),
+        "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+        "provenance": {**versions(), **(provenance or {})},
+    }
+    _check_architecture(header, tensors)
+    return write_artifact(path, tensors, header)
+
+
+def load(path: str | Path, *, allow: Collection[str] = ()) -> nn.Module:
+    """Load a stored network, ready to evaluate, to export or to train on.
+
+    Args:
+        path: of the file.
+        allow: import paths of functions that may be called to build the network, where it is not one of timm's.
+
+    Returns:
+        The network, in evaluation mode: quantized layers whose weights lie on their levels.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ArtifactError: for a file that is not sound, or needs a function that is not allowed.
+    """
+    tensors, header = read_artifact(path)
+    try:
+        return _restore(tensors, header, allow)
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever an unsound header makes of the code that follows it
+        raise ArtifactError(f"{Path(path).name} cannot be restored: {type(error).__name__}: {error}") from error
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, LayerSpec]]:
+    """What a file says of itself, checked, without building the network.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its tensors, its header, and the spec of every quantized layer.
+
+    Raises:
+        ArtifactError: for a file that is not sound.
+    """
+    tensors, header = read_artifact(path)
+    try:
+        return tensors, header, _specs(tensors, header)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{Path(path).name} is not sound: {type(error).__name__}: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a network was made with."""
+    import lq
+
+    return {"lq": lq.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _computes_weight(layer: QuantLayer) -> bool:
+    return layer.transforms_weight or parametrize.is_parametrized(layer, "weight")
+
+
+def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a network with packed codes for weights, and what every layer's codes mean."""
+    tensors, specs = dict(network.state_dict()), layer_specs(network)
+    layers: dict[str, Any] = {}
+    owners = {weight_key(layer): path for path, layer in reversed(list(distinct_weights(network)))}
+    for path, layer in named_quantized_layers(network).items():
+        for key in [k for k in tensors if k.startswith(_key(path, "parametrizations.weight."))]:
+            del tensors[key]
+        tensors.pop(_key(path, "weight"), None)
+        weight, quantizer = layer.float_weight(), layer.weight_quantizer
+        layers[path] = {"shape": list(weight.shape), "spec": _changed(specs[path])}
+        owner = path if _computes_weight(layer) else owners[weight_key(layer)]
+        if owner != path:
+            layers[path]["tied"] = owner
+            continue
+        codes = quantizer.encode(weight).to(torch.int16) - _lowest(layer)
+        tensors[_key(path, "weight")] = pack(codes, quantizer.codes.bits)
+    return tensors, layers
+
+
+def _restore(tensors: dict[str, Tensor], header: dict[str, Any], allow: Collection[str]) -> nn.Module:
+    specs = _specs(tensors, header)
+    network = _skeleton(header, specs, tensors, allow)
+    state = dict(tensors)
+    shared = _shared_parameters(network)
+    with torch.no_grad():
+        for path, layer in named_quantized_layers(network).items():
+            for name in ("weight_quantizer", "input_quantizer"):
+                part, prefix = getattr(layer, name), _key(path, f"{name}.")
+                if part is not None:
+                    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                    part.to_empty(device="cpu").load_state_dict(own)
+        for path, layer in named_quantized_layers(network).items():
+            entry = header["layers"][path]
+            source = entry.get("tied", path)
+            packed, bits = tensors[_key(source, "weight")], layer.weight_quantizer.codes.bits
+            shape = torch.Size(entry["shape"])
+            codes = unpack(packed, bits, shape.numel()).to(torch.int16) + _lowest(layer)
+            state[_key(path, "weight")] = layer.weight_quantizer.decode(codes.reshape(shape))
+    network.load_state_dict(state, assign=True)
+    for names in shared:
+        _tie(network, names)
+    return network.eval()
+
+
+def _skeleton(
+    header: Mapping[str, Any], specs: Mapping[str, LayerSpec], tensors: Mapping[str, Tensor], allow: Collection[str]
+) -> nn.Module:
+    """The quantized network without values: first without memory, to see that the file fits, which costs nothing."""
+    network = _build(header, specs, allow, "meta")
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    for path, entry in header["layers"].items():
+        given[_key(path, "weight")] = tuple(entry["shape"])
+    if expected != given:
+        wrong = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
+        raise ArtifactError(
+            f"the architecture must build the network that was stored, it differs in {wrong[:5]}"
+            + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        )
+    return network if _holds_all_in_state(network) else _build(header, specs, allow, "cpu")
+
+
+def _build(header: Mapping[str, Any], specs: Mapping[str, LayerSpec], allow: Collection[str], device: str) -> nn.Module:
+    with torch.device(device):
+        network = build(header["architecture"], allow)
+    rebuild(network, specs, caps=header["caps"], biases=header["biases"], fixed=header["fixed"])
+    return network
+
+
+def _check_architecture(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """That the file will load: better said now than to whoever gets it."""
+    allow = [header["architecture"].get("import_path", "")]
+    try:
+        _skeleton(header, _specs(tensors, header), tensors, allow)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"architecture must be that of the model, got {header['architecture']}: {error}") from error
+
+
+def _holds_all_in_state(network: nn.Module) -> bool:
+    """Whether a network has no tensors beside its state: those would stay without values."""
+    held = {id(t) for t in network.state_dict(keep_vars=True).values()}
+    buffers = all(id(b) in held for b in network.buffers())
+    loose = any(isinstance(v, Tensor) for m in network.modules() for v in vars(m).values())
+    return buffers and not loose
+
+
+def _specs(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, LayerSpec]:
+    """The layers' specs, after a look at whether the header makes sense of the tensors."""
+    kinds = {"architecture": dict, "layers": dict, "caps": dict, "biases": list, "fixed": list}
+    for name, kind in kinds.items():
+        if not isinstance(header.get(name), kind):
+            raise ArtifactError(f"the header's {name} must be {kind.__name__}, got {header.get(name)!r:.80}")
+    specs = {}
+    for path, entry in header["layers"].items():
+        specs[path] = LayerSpec(**entry["spec"])
+        shape, source = entry["shape"], entry.get("tied", path)
+        if not isinstance(shape, list) or not all(isinstance(n, int) and 0 < n < 2**31 for n in shape):
+            raise ArtifactError(f"the shape of {path!r} must be positive integers, got {shape!r:.80}")
+        packed = tensors.get(_key(source, "weight"))
+        size = packed_bytes(torch.Size(shape).numel(), specs[path].weight_codes.bits)
+        if packed is None or packed.dtype != torch.uint8 or packed.shape != (size,):
+            raise ArtifactError(f"the codes of {path!r} must be {size} bytes, got {getattr(packed, 'shape', None)}")
+    return specs
+
+
+def _changed(spec: LayerSpec) -> dict[str, Any]:
+    """The fields that differ from their defaults, and the width."""
+    plain = LayerSpec().to_dict()
+    return {name: value for name, value in spec.to_dict().items() if value != plain[name] or name == "bits"}
+
+
+def _lowest(layer: QuantLayer) -> int:
+    return layer.weight_quantizer.codes.lo
+
+
+def _key(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _shared_parameters(network: nn.Module) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _tie(network: nn.Module, names: list[str]) -> None:
+    first = network.get_parameter(names[0])
+    for name in names[1:]:
+        parent, _, attribute = name.rpartition(".")
+        cast(nn.Module, network.get_submodule(parent)).register_parameter(attribute, first)

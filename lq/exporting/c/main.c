@@ -1,0 +1,29 @@
+#ifndef LQ_NO_MAIN
+#include <time.h>
+
+/* Reads images as input codes from a file and prints their logits: ./net images.bin [repeats] */
+int main(int argc, char **argv) {
+    static lq_input image[LQ_INPUTS];
+    static int32_t logits[LQ_OUTPUTS];
+    const long repeats = argc > 2 ? strtol(argv[2], NULL, 10) : 1;
+    FILE *file = argc > 1 ? fopen(argv[1], "rb") : NULL;
+    clock_t spent = 0;
+    long images = 0;
+    if (!file) {
+        fprintf(stderr, "usage: %s images.bin [repeats]\n", argv[0]);
+        return 2;
+    }
+    while (fread(image, sizeof *image, LQ_INPUTS, file) == LQ_INPUTS) {
+        const clock_t start = clock();
+        for (long r = 0; r < repeats; r++) lq_run(image, logits);
+        spent += clock() - start;
+        images++;
+        for (int i = 0; i < LQ_OUTPUTS; i++) printf("%ld%c", (long)logits[i], i + 1 < LQ_OUTPUTS ? ' ' : '\n');
+    }
+    fclose(file);
+    fprintf(stderr, "flash %d bytes of constants, ram %d bytes", LQ_FLASH, LQ_RAM);
+    if (images) fprintf(stderr, ", %ld us per image", (long)(spent * 1000000L / CLOCKS_PER_SEC / (images * repeats)));
+    fprintf(stderr, "\n");
+    return 0;
+}
+#endif

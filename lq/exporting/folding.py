@@ -1,0 +1,86 @@
+"""What a bias and a batch norm do to the output of a layer, as one gain and one shift per channel."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lq.nn import QuantLayer
+from lq.point_search.graph import trace_chains
+
+__all__ = ["affine", "fold_away"]
+
+
+def affine(layer: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Gain and shift of bias and batch norm together: ``y = gain * (W x) + shift``.
+
+    Args:
+        layer: a convolution or linear layer.
+        norm: the batch norm that follows it, or None.
+
+    Returns:
+        float64, shape ``(O,)`` or ``(1,)``.
+    """
+    bias = cast(Tensor | None, layer.bias)
+    shift = torch.zeros(1, dtype=torch.float64) if bias is None else bias.detach().double().cpu()
+    if norm is None:
+        return torch.ones(1, dtype=torch.float64), shift
+    bn = cast(nn.BatchNorm2d, norm)
+    mean, variance = (cast(Tensor, t).double().cpu() for t in (bn.running_mean, bn.running_var))
+    gain = 1 / (variance + bn.eps).sqrt()
+    if bn.weight is not None:
+        gain = gain * bn.weight.detach().double().cpu()
+    added = 0.0 if bn.bias is None else bn.bias.detach().double().cpu()
+    return gain, (shift - mean) * gain + added
+
+
+class Shift(nn.Module):
+    """Adds a number to each channel.
+
+    Args:
+        shift: shape ``(C,)``.
+    """
+
+    shift: Tensor
+
+    def __init__(self, shift: Tensor) -> None:
+        """Keep it as a buffer."""
+        super().__init__()
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum, channels on axis 1."""
+        return x + self.shift.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def fold_away(model: nn.Module) -> dict[str, Tensor]:
+    """Remove the batch norms that follow quantized layers, in place.
+
+    Their shift becomes the layer's bias where that is exact. Runtimes round biases to the step of the accumulator; for
+    inputs of fewer than 8 bits that step is coarse, and the shift stays an addition of its own.
+
+    Args:
+        model: in evaluation mode.
+
+    Returns:
+        Path of each layer to the gain that its weight has yet to be multiplied by, float64 ``(O,)``.
+    """
+    gains = {}
+    for path, chain in trace_chains(model)[0].items():
+        layer = model.get_submodule(path)
+        if chain.norm is None or not isinstance(layer, QuantLayer):
+            continue
+        norm = model.get_submodule(chain.norm)
+        if getattr(norm, "running_mean", None) is None:
+            continue
+        gains[path], shift = affine(layer, norm)
+        shift = shift.to(cast(Tensor, layer.weight)).expand(len(gains[path])).clone()
+        after = [getattr(norm, "act", nn.Identity())]
+        if layer.input_quantizer is not None and layer.input_quantizer.quantizer.codes.bits < 8:
+            layer.register_parameter("bias", None)
+            after = [Shift(shift), *after]
+        else:
+            layer.bias = nn.Parameter(shift)
+        parent, _, name = chain.norm.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Sequential(*after))
+    return gains

@@ -1,0 +1,287 @@
+"""A convolutional network as a list of operations that integers can do, with everything about them resolved."""
+
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lq.calibration import BATCH_NORMS
+from lq.nn import LAYER_TYPES, CappedReLU, ObserveOperator, QuantLayer
+from lq.point_search.graph import LayerTracer
+
+__all__ = ["Node", "UnsupportedError", "trace"]
+
+_HELP = (
+    "Integer engine and C take convolutions and linear layers, batch norms behind them, ReLU, ReLU6, additions, "
+    "strided slices, zero channels, average and maximum pooling. Export target=onnx takes any network"
+)
+
+
+class UnsupportedError(ValueError):
+    """A part of a network that an export cannot express; the message names it and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    Args:
+        name: of its result.
+        kind: "input", "layer", "relu", "add", "slice", "pad_channels", "average", "max" or "flatten".
+        inputs: names of what it takes.
+        shape: of its result for one image, without the batch.
+        path: of the module, or the name of the operation.
+        norm: path of the batch norm folded into a layer.
+        settings: of a layer: ``padding`` (left, right, top, bottom), ``stride``, ``dilation``, ``groups``; of "relu":
+            ``cap``, None or a tensor; of "slice": ``stride``; of "pad_channels": ``before`` and ``after``; of pooling:
+            ``kernel``, ``stride``, ``padding``.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    path: str
+    norm: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def trace(model: nn.Module, shape: tuple[int, ...]) -> list[Node]:
+    """Follow a network from its input to its output.
+
+    Args:
+        model: quantized, in evaluation mode.
+        shape: of one input, ``(C, H, W)``.
+
+    Returns:
+        The operations in the order they run; the last one is the output.
+
+    Raises:
+        UnsupportedError: for an operation that integers do not do here, naming it.
+    """
+    try:
+        graph = LayerTracer().trace(model)
+    except Exception as error:  # whatever a network's own code raises on symbolic inputs is the reason
+        raise UnsupportedError(
+            f"the network cannot be traced ({type(error).__name__}: {error}). Export target=onnx instead"
+        ) from error
+    runner = _Runner(fx.GraphModule(model, graph))
+    device = next(model.parameters()).device
+    try:
+        runner.run(torch.rand(2, *shape, device=device) * 2 - 1)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(f"the network does not run on inputs of shape {shape}: {error}") from error
+    return _fold_norms(runner.nodes)
+
+
+class _Runner(fx.Interpreter):
+    """Runs the network once and writes down what every step is."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.nodes: list[Node] = []
+        self.same: dict[str, str] = {}  # steps that change nothing, and what they pass on
+
+    def run_node(self, n: fx.Node) -> Any:
+        seen: list[tuple[Any, ...]] = []
+        if n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), LAYER_TYPES):
+            with ObserveOperator(lambda args: seen.append(args)):
+                result = super().run_node(n)
+        else:
+            result = super().run_node(n)
+        self._note(n, result, seen)
+        return result
+
+    def _note(self, n: fx.Node, result: Any, seen: list[tuple[Any, ...]]) -> None:
+        if n.op == "output":
+            return
+        inputs = tuple(self.same.get(a.name, a.name) for a in n.all_input_nodes)
+        path = str(n.target) if n.op == "call_module" else n.name
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if not isinstance(result, Tensor) or (n.op == "placeholder" and self.nodes):
+            raise UnsupportedError(f"{path}: the network must take and pass on single tensors. {_HELP}")
+        if n.op == "placeholder":
+            self._add(n, "input", (), result, path)
+        elif isinstance(module, LAYER_TYPES):
+            self._layer(n, module, inputs, result, seen)
+        elif isinstance(module, BATCH_NORMS):
+            self._norm(n, module, inputs, result, path)
+        elif not self._elementwise(n, module, inputs, result, path) and not self._pool(n, module, inputs, result, path):
+            what = type(module).__name__ if module is not None else getattr(n.target, "__name__", str(n.target))
+            raise UnsupportedError(f"{path}: {what} has no integer form here. {_HELP}")
+
+    def _add(self, n: fx.Node, kind: str, inputs: tuple[str, ...], result: Tensor, path: str, **settings: Any) -> None:
+        self.nodes.append(Node(n.name, kind, inputs, tuple(result.shape[1:]), path, settings=settings))
+
+    def _pass(self, n: fx.Node, inputs: tuple[str, ...]) -> None:
+        self.same[n.name] = inputs[0]
+
+    def _layer(
+        self, n: fx.Node, module: nn.Module, inputs: tuple[str, ...], result: Tensor, seen: list[tuple[Any, ...]]
+    ) -> None:
+        path = str(n.target)
+        if not isinstance(module, QuantLayer):
+            raise UnsupportedError(f"{path}: {type(module).__name__} is not quantized: quantize it, or target=onnx")
+        if len(seen) != 1 or result.dim() not in (2, 4):
+            raise UnsupportedError(f"{path}: {type(module).__name__} is not one product of images or vectors. {_HELP}")
+        if isinstance(module, nn.Linear):
+            self._add(n, "layer", inputs, result, path)
+            return
+        taken, _, _, stride, padding, dilation, groups = seen[0]
+        if isinstance(module, nn.ConvTranspose2d) or not isinstance(module, nn.Conv2d):
+            raise UnsupportedError(f"{path}: {type(module).__name__} has no integer form here. {_HELP}")
+        given = self.env[n.all_input_nodes[0]]
+        sides = _padding(module, given, taken, padding, path)
+        conv = {"padding": sides, "stride": _pair(stride), "dilation": _pair(dilation), "groups": int(groups)}
+        self._add(n, "layer", inputs, result, path, **conv)
+
+    def _norm(self, n: fx.Node, module: nn.Module, inputs: tuple[str, ...], result: Tensor, path: str) -> None:
+        if getattr(module, "running_mean", None) is None:
+            raise UnsupportedError(f"{path}: the batch norm keeps no statistics to fold")
+        act = getattr(module, "act", None)  # timm's batch norms may hold their activation
+        self._add(n, "norm", inputs, result, path)
+        if act is not None and not isinstance(act, nn.Identity):
+            last = self.nodes[-1]
+            self.nodes[-1] = replace(last, name=f"{n.name}_norm")
+            cap = _cap(act)
+            if cap is False:
+                raise UnsupportedError(f"{path}: {type(act).__name__} has no integer form here. {_HELP}")
+            self._add(n, "relu", (f"{n.name}_norm",), result, path, cap=cap)
+
+    def _elementwise(
+        self, n: fx.Node, module: nn.Module | None, inputs: tuple[str, ...], result: Any, path: str
+    ) -> bool:
+        functions = {torch.relu: None, F.relu: None, "relu": None, "relu_": None, F.relu6: 6.0}
+        if module is not None and _cap(module) is not False:
+            self._add(n, "relu", inputs, result, path, cap=_cap(module))
+        elif n.op != "call_module" and n.target in functions:
+            cap = functions[cast(Any, n.target)]
+            self._add(n, "relu", inputs, result, path, cap=None if cap is None else torch.tensor([cap]))
+        elif n.target in (operator.add, operator.iadd, torch.add, "add", "add_") and len(inputs) == 2:
+            if n.kwargs.get("alpha", 1) != 1:
+                return False
+            self._add(n, "add", inputs, result, path)
+        elif isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) or _is_drop_path(module):
+            self._pass(n, inputs)
+        elif n.target is operator.getitem and _strides(n.args[1]):
+            self._add(n, "slice", inputs, result, path, stride=_strides(n.args[1]))
+        elif n.target is F.pad and _channels_only(n):
+            sides = cast(Any, n.args[1])
+            self._add(n, "pad_channels", inputs, result, path, before=sides[4], after=sides[5])
+        else:
+            return False
+        return True
+
+    def _pool(self, n: fx.Node, module: nn.Module | None, inputs: tuple[str, ...], result: Any, path: str) -> bool:
+        given = self.env[n.all_input_nodes[0]] if n.all_input_nodes else None
+        image = given if isinstance(given, Tensor) and given.dim() == 4 else None
+        if image is not None and _is_global_mean(n, module):
+            kernel = tuple(image.shape[2:])
+            settings: dict[str, Any] = {"kernel": kernel, "stride": kernel, "padding": (0, 0)}
+            self._add(n, "average", inputs, result.reshape(*result.shape[:2], 1, 1), path, **settings)
+        elif isinstance(module, nn.AvgPool2d) and not module.ceil_mode and module.divisor_override is None:
+            if _pair(module.padding) != (0, 0) and not module.count_include_pad:
+                return False
+            self._add(n, "average", inputs, result, path, **_window(module))
+        elif isinstance(module, nn.MaxPool2d) and not module.ceil_mode and _pair(module.dilation) == (1, 1):
+            self._add(n, "max", inputs, result, path, **_window(module))
+        elif isinstance(module, nn.Flatten) or n.target in (torch.flatten, "flatten", "view", "reshape", "squeeze"):
+            if not isinstance(given, Tensor) or result.reshape(len(result), -1).shape != given.flatten(1).shape:
+                return False
+            self._add(n, "flatten", inputs, result, path)
+        else:
+            return False
+        return True
+
+
+def _fold_norms(nodes: list[Node]) -> list[Node]:
+    """Every batch norm into the layer whose output it alone takes."""
+    users: dict[str, int] = {}
+    for node in nodes:
+        for name in node.inputs:
+            users[name] = users.get(name, 0) + 1
+    found: dict[str, Node] = {}
+    for node in nodes:
+        if node.kind != "norm":
+            found[node.name] = node
+            continue
+        before = found.get(node.inputs[0])
+        if before is None or before.kind != "layer" or before.norm is not None or users[before.name] != 1:
+            raise UnsupportedError(f"{node.path}: a batch norm must follow a layer that feeds it alone. {_HELP}")
+        del found[before.name]
+        found[node.name] = replace(before, name=node.name, norm=node.path)
+    return list(found.values())
+
+
+def _padding(module: nn.Conv2d, given: Tensor, taken: Tensor, padding: Any, path: str) -> tuple[int, ...]:
+    """Zeros left, right, above and below, whether the layer or its operator puts them there."""
+    if module.padding_mode != "zeros":
+        raise UnsupportedError(f"{path}: padding_mode must be 'zeros', got {module.padding_mode!r}. {_HELP}")
+    extra = [t - g for t, g in zip(taken.shape[:1:-1], given.shape[:1:-1], strict=True)]
+    before = [side for e in extra for side in (e // 2, e - e // 2)]
+    inside = module.input_quantizer(given) if isinstance(module, QuantLayer) and module.input_quantizer else given
+    if min(before) < 0 or not torch.equal(F.pad(inside, before), taken):
+        raise UnsupportedError(f"{path}: {type(module).__name__} does more to its input than to pad it with zeros")
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        inner = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+    else:
+        rows, columns = (0, 0) if padding == "valid" else _pair(padding)
+        inner = [columns, columns, rows, rows]
+    return tuple(a + b for a, b in zip(before, inner, strict=True))
+
+
+def _cap(module: nn.Module | None) -> Tensor | bool | None:
+    """Upper end of a ReLU: None for none; False for other modules."""
+    if isinstance(module, CappedReLU):
+        return module.cap
+    if isinstance(module, nn.ReLU6):
+        return torch.tensor([6.0])
+    return None if type(module) is nn.ReLU else False
+
+
+def _is_drop_path(module: nn.Module | None) -> bool:
+    return type(module).__name__ == "DropPath"
+
+
+def _is_global_mean(n: fx.Node, module: nn.Module | None) -> bool:
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return module.output_size in (1, (1, 1))
+    if n.target not in ("mean", torch.mean):
+        return False
+    dims = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
+    return isinstance(dims, tuple | list) and sorted(cast(int, d) % 4 for d in dims) == [2, 3]
+
+
+def _strides(index: Any) -> tuple[int, int] | None:
+    """Strides of ``x[:, :, ::s, ::t]``, None for any other index."""
+    if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(i, slice) for i in index):
+        return None
+    if any(i.start is not None or i.stop is not None for i in index) or any(i.step not in (None, 1) for i in index[:2]):
+        return None
+    return index[2].step or 1, index[3].step or 1
+
+
+def _channels_only(n: fx.Node) -> bool:
+    sides: Any = n.args[1] if len(n.args) > 1 else None
+    if not isinstance(sides, tuple | list) or len(sides) != 6 or any(sides[:4]) or min(sides) < 0:
+        return False
+    how = n.kwargs.get("mode", "constant"), n.kwargs.get("value")
+    return how in (("constant", None), ("constant", 0))
+
+
+def _window(module: nn.Module) -> dict[str, Any]:
+    layer = cast(Any, module)
+    return {"kernel": _pair(layer.kernel_size), "stride": _pair(layer.stride), "padding": _pair(layer.padding)}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    both = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    assert len(both) == 2
+    return int(both[0]), int(both[1])

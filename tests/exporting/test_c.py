@@ -1,0 +1,71 @@
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import lq
+from lq.exporting.c import c_source, write_c
+from lq.exporting.c.memory import Buffer, place
+from lq.models import MobileNetV1, create_model
+from tests.exporting.test_integer import SHAPE, SPECS
+from tests.helpers.modules import SmallResidual, small_cnn
+from tests.helpers.quantized import quantized
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+TYPES = {"int8_t": torch.int8, "uint8_t": torch.uint8, "int16_t": torch.int16}
+
+
+def run_c(network, codes, folder, sanitize=False):
+    """Compile and run: the logits, and what it said of itself."""
+    source = write_c(network, folder / "net.c")
+    build = ["gcc", "-O2", "-std=c99", "-Wall", "-Wextra", "-Werror"]
+    build += ["-fsanitize=address,undefined", "-fno-sanitize=shift-base"] if sanitize else []
+    build += [str(folder / "net.c"), "-o", str(folder / "net")]
+    subprocess.run(build, check=True, capture_output=True)
+    (folder / "images.bin").write_bytes(codes.to(TYPES[source.input_type]).numpy().tobytes())
+    done = subprocess.run([folder / "net", folder / "images.bin"], check=True, capture_output=True, text=True)
+    return torch.tensor([[int(v) for v in line.split()] for line in done.stdout.splitlines()]), done.stderr, source
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_c_computes_what_the_integer_engine_computes(tmp_path, spec):
+    network = lq.IntegerNetwork(quantized(SmallResidual(), SHAPE, **SPECS[spec]), SHAPE)
+    codes = network.encode(torch.randn(5, *SHAPE))
+    logits, said, source = run_c(network, codes, tmp_path, spec in ("4 bits", "subset, inputs too"))
+    assert torch.equal(logits, network.run(codes))
+    assert f"flash {source.flash_bytes} bytes of constants, ram {source.ram_bytes} bytes" in said
+
+
+NETWORKS = {
+    "sequential, grouped and dilated": (small_cnn, SHAPE),
+    "residual with zero channels": (lambda: create_model("cifar_resnet8"), (3, 16, 16)),
+    "depthwise, same padding": (lambda: MobileNetV1(0.25, num_classes=3), (3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_all_kinds(tmp_path, name):
+    make, shape = NETWORKS[name]
+    network = lq.IntegerNetwork(quantized(make(), shape, bits=4, quantizer="subset", granularity="channel"), shape)
+    codes = network.encode(torch.randn(2, *shape))
+    assert torch.equal(run_c(network, codes, tmp_path)[0], network.run(codes))
+
+
+def test_the_hot_path_has_no_floating_point_and_no_allocation():
+    network = lq.IntegerNetwork(quantized(SmallResidual(), SHAPE, bits=4), SHAPE)
+    text = c_source(network).text
+    for word in ("float", "double", "malloc", "calloc"):
+        assert word not in text.split("#ifndef LQ_NO_MAIN")[0]
+
+
+def test_buffers_that_live_together_do_not_overlap():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(1, 200, (60, 3), generator=generator).tolist()
+    buffers = [Buffer(size, first, first + length % 9) for size, first, length in draws]
+    total = place(buffers)
+    for i, a in enumerate(buffers):
+        assert a.start + a.size <= total
+        for b in buffers[:i]:
+            together = a.first <= b.last and b.first <= a.last
+            assert not together or a.start + a.size <= b.start or b.start + b.size <= a.start
