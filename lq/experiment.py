@@ -13,6 +13,7 @@ from lq.callbacks import LearnedQuantization
 from lq.checkpoints import load_from_checkpoint
 from lq.classifier import Classifier
 from lq.exporting import load, save
+from lq.flavour import log_packed_model
 from lq.network import NetworkSize, network_size
 from lq.runs import input_of, make_trainer, score, store_files, tracked
 from lq.surgery import make_plan
@@ -44,6 +45,7 @@ class Settings:
         pretrain_lr: learning rate of those.
         select: which network is stored: "best" by the monitored metric, or "last".
         ckpt_path: checkpoint to resume the quantized stage from.
+        registered_model: name under which MLflow registers the packed network; None registers none.
         description: the whole configuration, for the tracking store.
     """
 
@@ -60,6 +62,7 @@ class Settings:
     pretrain_lr: float = 0.1
     select: str = "best"
     ckpt_path: str | None = None
+    registered_model: str | None = None
     description: dict[str, Any] | None = None
 
 
@@ -147,6 +150,8 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
         figures = {"weights.png": weights_figure(stored), "alignment.png": alignment_figure(stored)}
         store_files(settings.loggers, [network], figures)
         log_text(settings.loggers, "lq/outcome.txt", str(outcome))
+        if settings.registered_model:
+            log_packed_model(settings.loggers, network, registered_name=settings.registered_model)
     return outcome
 
 

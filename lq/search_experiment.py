@@ -10,6 +10,7 @@ from lq.checkpoints import checkpoint_entry
 from lq.classifier import Classifier
 from lq.data import ImageData
 from lq.exporting import save
+from lq.flavour import log_packed_model
 from lq.network import NetworkSize, network_size
 from lq.point_search import SearchReport, search
 from lq.runs import input_of, make_trainer, score, store_files, tracked
@@ -39,6 +40,7 @@ class SearchSettings:
         calibration_batch_size: images per batch of those.
         pretrain_epochs: float epochs first; 0 where model.checkpoint holds a float network.
         pretrain_lr: learning rate of those.
+        registered_model: name under which MLflow registers the packed network; None registers none.
         description: the whole configuration, for the tracking store.
     """
 
@@ -53,6 +55,7 @@ class SearchSettings:
     calibration_batch_size: int = 64
     pretrain_epochs: int = 0
     pretrain_lr: float = 0.1
+    registered_model: str | None = None
     description: dict[str, Any] | None = None
 
 
@@ -140,6 +143,8 @@ def _run(settings: SearchSettings, classifier: Classifier) -> SearchOutcome:
         logger.log_metrics(network_metrics(classifier))
     log_text(settings.loggers, "lq/search_report.txt", str(report))
     log_text(settings.loggers, "lq/outcome.txt", str(outcome))
+    if settings.registered_model:
+        log_packed_model(settings.loggers, packed, registered_name=settings.registered_model)
     log_rows(settings.loggers, "lq/search_report.json", report.to_dicts())
     figures = {
         "points.png": points_figure(classifier),

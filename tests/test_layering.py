@@ -19,7 +19,7 @@ LAYERS = [
     {"point_search"},
     {"metrics", "tracking", "exporting", "checkpoints"},
     {"data", "classifier"},
-    {"callbacks", "runs"},
+    {"callbacks", "flavour", "runs"},
     {"experiment", "search_experiment"},
     {"cli"},
 ]

@@ -56,6 +56,7 @@ class TrainConfig:
     pretrain_lr: float = doc("peak learning rate of those.", 0.1)
     select: str = doc('which network is stored: "best" on the held-out images, or "last".', "best")
     ckpt_path: str | None = doc("checkpoint to resume the quantized stage from.", None)
+    registered_model: str | None = doc("name under which MLflow registers the packed network; null for none.", None)
     output_dir: str = doc("folder for checkpoints, logs and codes.", MISSING)
 
 
@@ -112,7 +113,10 @@ def build(config: DictConfig) -> Settings:
         callbacks=[instantiate(node) for node in config.callbacks.values() if node],
         output_dir=Path(config.output_dir),
         description={**plain, "overrides": given_overrides()},
-        **{name: plain[name] for name in ("seed", "pretrain_epochs", "pretrain_lr", "select", "ckpt_path")},
+        **{
+            name: plain[name]
+            for name in ("seed", "pretrain_epochs", "pretrain_lr", "select", "ckpt_path", "registered_model")
+        },
     )
 
 

@@ -31,6 +31,7 @@ class SearchConfig:
     calibration_batch_size: int = doc("images per batch of those.", 64)
     pretrain_epochs: int = doc("float epochs first; 0 where model.checkpoint is a float network.", 0)
     pretrain_lr: float = doc("peak learning rate of those.", 0.1)
+    registered_model: str | None = doc("name under which MLflow registers the packed network; null for none.", None)
     output_dir: str = doc(
         "folder for the network, its codes and what is kept of an interrupted search: give the same one to go on.",
         MISSING,
@@ -78,7 +79,14 @@ def build_search(config: DictConfig) -> SearchSettings:
         description={**plain, "overrides": given_overrides()},
         **{
             name: plain[name]
-            for name in ("seed", "calibration_images", "calibration_batch_size", "pretrain_epochs", "pretrain_lr")
+            for name in (
+                "seed",
+                "calibration_images",
+                "calibration_batch_size",
+                "pretrain_epochs",
+                "pretrain_lr",
+                "registered_model",
+            )
         },
     )
 

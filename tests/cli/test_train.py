@@ -30,7 +30,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 def finished(tmp_path_factory):
     """One quick run of the default recipe."""
     folder = tmp_path_factory.mktemp("run")
-    done = lq("train", *QUICK, "output_dir=out", cwd=folder)
+    done = lq("train", *QUICK, "output_dir=out", "registered_model=digits", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -73,6 +73,8 @@ def test_the_packed_file_is_the_best_network_and_scores_what_was_logged(finished
         assert torch.equal(layer.weight, module.model.get_submodule(path).quantized_weight())
     header = read_header(folder / "out" / "network.lq.safetensors")[1]
     assert header["input"]["shape"] == [1, 8, 8]
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    assert [v.version for v in client.search_model_versions("name='digits'")] in ([1], ["1"])
     data = DigitsData()
     data.setup("fit")
     accuracy = MulticlassAccuracy(10, average="micro")
