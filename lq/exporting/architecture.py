@@ -1,13 +1,15 @@
 """What a stored network is built from: a timm name with arguments, or a function that the loader must allow."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import timm
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lq.exporting.files import ArtifactError
 from lq.models import create_model
@@ -63,13 +65,14 @@ def architecture_of(model: nn.Module) -> dict[str, Any]:
     )
 
 
-def build(architecture: Mapping[str, Any], allow: Collection[str] = ()) -> nn.Module:
+def build(architecture: Mapping[str, Any], allow: Collection[str] = (), *, parts: int | None = None) -> nn.Module:
     """Build a network without any weights of its own from files.
 
     Args:
         architecture: ``name`` with ``num_classes``, ``in_chans`` and ``options`` of `lq.models.create_model`, or
             ``import_path`` with ``arguments``.
         allow: import paths that may be imported and called.
+        parts: number of tensors that were stored; a network of many times as many parameters is not built to its end.
 
     Returns:
         The float network.
@@ -91,8 +94,26 @@ def build(architecture: Mapping[str, Any], allow: Collection[str] = ()) -> nn.Mo
             raise ArtifactError(f"architecture option {key!r} is refused: it would read other files")
     _check_values({**architecture, "name": ""})
     arguments = {key: architecture[key] for key in ("num_classes", "in_chans") if key in architecture}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _limited(parts):
         return create_model(name, **arguments, options=options)
+
+
+@contextmanager
+def _limited(parts: int | None) -> Iterator[None]:
+    """Stop while a network is built that cannot be the stored one: it has far too many parameters."""
+    count = 0
+
+    def see(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if parts is not None and count > 4 * parts + 1000:
+            raise ArtifactError(f"architecture must build a network of about {parts} tensors, got one of many more")
+
+    handle = register_module_parameter_registration_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _import(architecture: Mapping[str, Any], allow: Collection[str]) -> nn.Module:

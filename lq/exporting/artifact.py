@@ -19,6 +19,8 @@ from lq.surgery import caps_and_biases, layer_specs, rebuild
 
 __all__ = ["load", "read_header", "save"]
 
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
 
 @torch.no_grad()
 def save(
@@ -119,7 +121,9 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], di
     tensors, header = read_artifact(path)
     try:
         return tensors, header, _specs(tensors, header)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever an unsound header makes of it
         raise ArtifactError(f"{Path(path).name} is not sound: {type(error).__name__}: {error}") from error
 
 
@@ -146,7 +150,13 @@ def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         weight, quantizer = layer.float_weight(), layer.weight_quantizer
         layers[path] = {"shape": list(weight.shape), "spec": _changed(specs[path])}
         owner = path if _computes_weight(layer) else owners[weight_key(layer)]
+        if weight.dtype != torch.float32:
+            layers[path]["dtype"] = str(weight.dtype).removeprefix("torch.")
         if owner != path:
+            if network.get_submodule(owner).weight_quantizer is not quantizer:
+                raise ValueError(
+                    f"{path} and {owner} share a weight and must share its quantizer: give both one layout"
+                )
             layers[path]["tied"] = owner
             continue
         codes = quantizer.encode(weight).to(torch.int16) - _lowest(layer)
@@ -172,7 +182,8 @@ def _restore(tensors: dict[str, Tensor], header: dict[str, Any], allow: Collecti
             packed, bits = tensors[_key(source, "weight")], layer.weight_quantizer.codes.bits
             shape = torch.Size(entry["shape"])
             codes = unpack(packed, bits, shape.numel()).to(torch.int16) + _lowest(layer)
-            state[_key(path, "weight")] = layer.weight_quantizer.decode(codes.reshape(shape))
+            values = layer.weight_quantizer.decode(codes.reshape(shape))
+            state[_key(path, "weight")] = values.to(_DTYPES[entry.get("dtype", "float32")])
     network.load_state_dict(state, assign=True)
     for names in shared:
         _tie(network, names)
@@ -183,7 +194,7 @@ def _skeleton(
     header: Mapping[str, Any], specs: Mapping[str, LayerSpec], tensors: Mapping[str, Tensor], allow: Collection[str]
 ) -> nn.Module:
     """The quantized network without values: first without memory, to see that the file fits, which costs nothing."""
-    network = _build(header, specs, allow, "meta")
+    network = _build(header, specs, allow, "meta", len(tensors))
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     for path, entry in header["layers"].items():
@@ -194,12 +205,14 @@ def _skeleton(
             f"the architecture must build the network that was stored, it differs in {wrong[:5]}"
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
-    return network if _holds_all_in_state(network) else _build(header, specs, allow, "cpu")
+    return network if _holds_all_in_state(network) else _build(header, specs, allow, "cpu", len(tensors))
 
 
-def _build(header: Mapping[str, Any], specs: Mapping[str, LayerSpec], allow: Collection[str], device: str) -> nn.Module:
+def _build(
+    header: Mapping[str, Any], specs: Mapping[str, LayerSpec], allow: Collection[str], device: str, tensors: int
+) -> nn.Module:
     with torch.device(device):
-        network = build(header["architecture"], allow)
+        network = build(header["architecture"], allow, parts=len(header["layers"]) + tensors)
     rebuild(network, specs, caps=header["caps"], biases=header["biases"], fixed=header["fixed"])
     return network
 
@@ -227,6 +240,10 @@ def _specs(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str
     for name, kind in kinds.items():
         if not isinstance(header.get(name), kind):
             raise ArtifactError(f"the header's {name} must be {kind.__name__}, got {header.get(name)!r:.80}")
+    for path, count in header["caps"].items():
+        cap = tensors.get(_key(path, "cap"))
+        if cap is None or cap.shape != (count,):
+            raise ArtifactError(f"the caps of {path!r} must be as many as stored, got {count!r:.80}")
     specs = {}
     for path, entry in header["layers"].items():
         specs[path] = LayerSpec(**entry["spec"])

@@ -84,7 +84,7 @@ def read_artifact(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"an artifact must be a file, got {str(path)!r} which does not exist")
     data = path.read_bytes()
     checksum, _, text = _entry(data, path).partition(" ")
-    if hashlib.sha256(text.encode()).hexdigest() != checksum:
+    if hashlib.sha256(text.encode(errors="replace")).hexdigest() != checksum:
         raise ArtifactError(f"{path.name}: the header does not match its checksum: fetch or export the file again")
     try:
         header = json.loads(text)

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lq.nn import QuantLayer
+from lq.nn import QuantLayer, is_transposed, uses_own_weight
 from lq.point_search.graph import trace_chains
 
 __all__ = ["affine", "fold_away"]
@@ -53,6 +53,12 @@ class Shift(nn.Module):
         return x + self.shift.reshape(-1, *[1] * (x.dim() - 2))
 
 
+def _plain(layer: QuantLayer) -> bool:
+    """Whether a class only pads its input or computes its weight around the operator, output channels first."""
+    kind = layer.float_class
+    return not is_transposed(layer) and (uses_own_weight(kind) or kind.__module__.startswith("timm.layers"))
+
+
 def fold_away(model: nn.Module) -> dict[str, Tensor]:
     """Remove the batch norms that follow quantized layers, in place.
 
@@ -68,7 +74,7 @@ def fold_away(model: nn.Module) -> dict[str, Tensor]:
     gains = {}
     for path, chain in trace_chains(model)[0].items():
         layer = model.get_submodule(path)
-        if chain.norm is None or not isinstance(layer, QuantLayer):
+        if chain.norm is None or not isinstance(layer, QuantLayer) or not _plain(layer):
             continue
         norm = model.get_submodule(chain.norm)
         if getattr(norm, "running_mean", None) is None:

@@ -9,7 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lq.calibration import BATCH_NORMS
-from lq.nn import LAYER_TYPES, CappedReLU, ObserveOperator, QuantLayer
+from lq.exporting.recognize import (
+    in_place,
+    is_drop_path,
+    is_global_mean,
+    pads_channels,
+    pair,
+    passes_on,
+    relu_cap,
+    slice_strides,
+    window,
+)
+from lq.nn import LAYER_TYPES, ObserveOperator, QuantLayer
 from lq.point_search.graph import LayerTracer
 
 __all__ = ["Node", "UnsupportedError", "trace"]
@@ -77,7 +88,7 @@ def trace(model: nn.Module, shape: tuple[int, ...]) -> list[Node]:
         raise
     except Exception as error:
         raise UnsupportedError(f"the network does not run on inputs of shape {shape}: {error}") from error
-    return _fold_norms(runner.nodes)
+    return _needed(_fold_norms(runner.nodes), runner.returned)
 
 
 class _Runner(fx.Interpreter):
@@ -86,6 +97,7 @@ class _Runner(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.nodes: list[Node] = []
+        self.returned = ""
         self.same: dict[str, str] = {}  # steps that change nothing, and what they pass on
 
     def run_node(self, n: fx.Node) -> Any:
@@ -100,6 +112,9 @@ class _Runner(fx.Interpreter):
 
     def _note(self, n: fx.Node, result: Any, seen: list[tuple[Any, ...]]) -> None:
         if n.op == "output":
+            if not isinstance(n.args[0], fx.Node):
+                raise UnsupportedError(f"the network must return one tensor, got {type(n.args[0]).__name__}. {_HELP}")
+            self.returned = self.same.get(n.args[0].name, n.args[0].name)
             return
         inputs = tuple(self.same.get(a.name, a.name) for a in n.all_input_nodes)
         path = str(n.target) if n.op == "call_module" else n.name
@@ -128,7 +143,11 @@ class _Runner(fx.Interpreter):
         path = str(n.target)
         if not isinstance(module, QuantLayer):
             raise UnsupportedError(f"{path}: {type(module).__name__} is not quantized: quantize it, or target=onnx")
-        if len(seen) != 1 or result.dim() not in (2, 4):
+        if (
+            len(seen) != 1
+            or result.dim() != (2 if isinstance(module, nn.Linear) else 4)
+            or not passes_on(seen[0], result)
+        ):
             raise UnsupportedError(f"{path}: {type(module).__name__} is not one product of images or vectors. {_HELP}")
         if isinstance(module, nn.Linear):
             self._add(n, "layer", inputs, result, path)
@@ -138,7 +157,7 @@ class _Runner(fx.Interpreter):
             raise UnsupportedError(f"{path}: {type(module).__name__} has no integer form here. {_HELP}")
         given = self.env[n.all_input_nodes[0]]
         sides = _padding(module, given, taken, padding, path)
-        conv = {"padding": sides, "stride": _pair(stride), "dilation": _pair(dilation), "groups": int(groups)}
+        conv = {"padding": sides, "stride": pair(stride), "dilation": pair(dilation), "groups": int(groups)}
         self._add(n, "layer", inputs, result, path, **conv)
 
     def _norm(self, n: fx.Node, module: nn.Module, inputs: tuple[str, ...], result: Tensor, path: str) -> None:
@@ -149,7 +168,7 @@ class _Runner(fx.Interpreter):
         if act is not None and not isinstance(act, nn.Identity):
             last = self.nodes[-1]
             self.nodes[-1] = replace(last, name=f"{n.name}_norm")
-            cap = _cap(act)
+            cap = relu_cap(act)
             if cap is False:
                 raise UnsupportedError(f"{path}: {type(act).__name__} has no integer form here. {_HELP}")
             self._add(n, "relu", (f"{n.name}_norm",), result, path, cap=cap)
@@ -157,21 +176,25 @@ class _Runner(fx.Interpreter):
     def _elementwise(
         self, n: fx.Node, module: nn.Module | None, inputs: tuple[str, ...], result: Any, path: str
     ) -> bool:
+        if in_place(n, module) and len(n.all_input_nodes[0].users) > 1:
+            raise UnsupportedError(f"{path}: it changes a tensor in place that is used elsewhere: set inplace=False")
         functions = {torch.relu: None, F.relu: None, "relu": None, "relu_": None, F.relu6: 6.0}
-        if module is not None and _cap(module) is not False:
-            self._add(n, "relu", inputs, result, path, cap=_cap(module))
+        if module is not None and relu_cap(module) is not False:
+            self._add(n, "relu", inputs, result, path, cap=relu_cap(module))
         elif n.op != "call_module" and n.target in functions:
             cap = functions[cast(Any, n.target)]
             self._add(n, "relu", inputs, result, path, cap=None if cap is None else torch.tensor([cap]))
         elif n.target in (operator.add, operator.iadd, torch.add, "add", "add_") and len(inputs) == 2:
             if n.kwargs.get("alpha", 1) != 1:
                 return False
+            if len({tuple(self.env[a].shape) for a in n.all_input_nodes}) > 1:
+                raise UnsupportedError(f"{path}: what is added must have the same shape. {_HELP}")
             self._add(n, "add", inputs, result, path)
-        elif isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) or _is_drop_path(module):
+        elif isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) or is_drop_path(module):
             self._pass(n, inputs)
-        elif n.target is operator.getitem and _strides(n.args[1]):
-            self._add(n, "slice", inputs, result, path, stride=_strides(n.args[1]))
-        elif n.target is F.pad and _channels_only(n):
+        elif n.target is operator.getitem and slice_strides(n.args[1]):
+            self._add(n, "slice", inputs, result, path, stride=slice_strides(n.args[1]))
+        elif n.target is F.pad and pads_channels(n):
             sides = cast(Any, n.args[1])
             self._add(n, "pad_channels", inputs, result, path, before=sides[4], after=sides[5])
         else:
@@ -181,18 +204,18 @@ class _Runner(fx.Interpreter):
     def _pool(self, n: fx.Node, module: nn.Module | None, inputs: tuple[str, ...], result: Any, path: str) -> bool:
         given = self.env[n.all_input_nodes[0]] if n.all_input_nodes else None
         image = given if isinstance(given, Tensor) and given.dim() == 4 else None
-        if image is not None and _is_global_mean(n, module):
+        if image is not None and is_global_mean(n, module):
             kernel = tuple(image.shape[2:])
             settings: dict[str, Any] = {"kernel": kernel, "stride": kernel, "padding": (0, 0)}
             self._add(n, "average", inputs, result.reshape(*result.shape[:2], 1, 1), path, **settings)
         elif isinstance(module, nn.AvgPool2d) and not module.ceil_mode and module.divisor_override is None:
-            if _pair(module.padding) != (0, 0) and not module.count_include_pad:
+            if pair(module.padding) != (0, 0) and not module.count_include_pad:
                 return False
-            self._add(n, "average", inputs, result, path, **_window(module))
-        elif isinstance(module, nn.MaxPool2d) and not module.ceil_mode and _pair(module.dilation) == (1, 1):
-            self._add(n, "max", inputs, result, path, **_window(module))
+            self._add(n, "average", inputs, result, path, **window(module))
+        elif isinstance(module, nn.MaxPool2d) and not module.ceil_mode and pair(module.dilation) == (1, 1):
+            self._add(n, "max", inputs, result, path, **window(module))
         elif isinstance(module, nn.Flatten) or n.target in (torch.flatten, "flatten", "view", "reshape", "squeeze"):
-            if not isinstance(given, Tensor) or result.reshape(len(result), -1).shape != given.flatten(1).shape:
+            if not isinstance(given, Tensor) or result.dim() != 2 or result.shape != given.flatten(1).shape:
                 return False
             self._add(n, "flatten", inputs, result, path)
         else:
@@ -219,6 +242,21 @@ def _fold_norms(nodes: list[Node]) -> list[Node]:
     return list(found.values())
 
 
+def _needed(nodes: list[Node], output: str) -> list[Node]:
+    """The nodes that the output follows from, it last, the input first."""
+    by_name = {node.name: node for node in nodes}
+    if output not in by_name:
+        raise UnsupportedError(f"the network must return what a layer or an operation on it gives, got {output}")
+    wanted, stack = set(), [output]
+    while stack:
+        name = stack.pop()
+        if name not in wanted:
+            wanted.add(name)
+            stack.extend(by_name[name].inputs)
+    kept = [node for node in nodes if node.name in wanted and node.name != output]
+    return [*kept, by_name[output]]
+
+
 def _padding(module: nn.Conv2d, given: Tensor, taken: Tensor, padding: Any, path: str) -> tuple[int, ...]:
     """Zeros left, right, above and below, whether the layer or its operator puts them there."""
     if module.padding_mode != "zeros":
@@ -232,56 +270,6 @@ def _padding(module: nn.Conv2d, given: Tensor, taken: Tensor, padding: Any, path
         total = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
         inner = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
     else:
-        rows, columns = (0, 0) if padding == "valid" else _pair(padding)
+        rows, columns = (0, 0) if padding == "valid" else pair(padding)
         inner = [columns, columns, rows, rows]
     return tuple(a + b for a, b in zip(before, inner, strict=True))
-
-
-def _cap(module: nn.Module | None) -> Tensor | bool | None:
-    """Upper end of a ReLU: None for none; False for other modules."""
-    if isinstance(module, CappedReLU):
-        return module.cap
-    if isinstance(module, nn.ReLU6):
-        return torch.tensor([6.0])
-    return None if type(module) is nn.ReLU else False
-
-
-def _is_drop_path(module: nn.Module | None) -> bool:
-    return type(module).__name__ == "DropPath"
-
-
-def _is_global_mean(n: fx.Node, module: nn.Module | None) -> bool:
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return module.output_size in (1, (1, 1))
-    if n.target not in ("mean", torch.mean):
-        return False
-    dims = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
-    return isinstance(dims, tuple | list) and sorted(cast(int, d) % 4 for d in dims) == [2, 3]
-
-
-def _strides(index: Any) -> tuple[int, int] | None:
-    """Strides of ``x[:, :, ::s, ::t]``, None for any other index."""
-    if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(i, slice) for i in index):
-        return None
-    if any(i.start is not None or i.stop is not None for i in index) or any(i.step not in (None, 1) for i in index[:2]):
-        return None
-    return index[2].step or 1, index[3].step or 1
-
-
-def _channels_only(n: fx.Node) -> bool:
-    sides: Any = n.args[1] if len(n.args) > 1 else None
-    if not isinstance(sides, tuple | list) or len(sides) != 6 or any(sides[:4]) or min(sides) < 0:
-        return False
-    how = n.kwargs.get("mode", "constant"), n.kwargs.get("value")
-    return how in (("constant", None), ("constant", 0))
-
-
-def _window(module: nn.Module) -> dict[str, Any]:
-    layer = cast(Any, module)
-    return {"kernel": _pair(layer.kernel_size), "stride": _pair(layer.stride), "padding": _pair(layer.padding)}
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    both = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    assert len(both) == 2
-    return int(both[0]), int(both[1])

@@ -77,6 +77,10 @@ class _Codes(nn.Module):
             negative = (gain < 0).reshape(-1, *[1] * (codes.dim() - 1)).to(codes.device)
             flip = not self.gather and not codes.is_floating_point()  # DequantizeLinear wants positive scales
             codes = torch.where(negative, -codes, codes) if flip else codes
+            dead = gain.abs() <= 1e-8 * gain.abs().max()  # a scale of 0 would take the bias with it
+            if flip and bool(dead.any()):
+                codes = torch.where(dead.reshape(negative.shape), torch.zeros_like(codes), codes)
+                gain = torch.where(dead, torch.ones_like(gain), gain)
             scale = scale * (gain.abs() if flip else gain).to(scale)
         self.linear = isinstance(layer, nn.Linear)
         if self.linear:  # (K, N), which runtimes fuse with the product

@@ -76,6 +76,15 @@ def test_golden_files_load_forever(name):
     assert loaded[0].weight_quantizer.codes.bits == (8 if name in ("mid_rise", "codebook") else SPECS[name]["bits"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_come_back_as_they_were(tmp_path, dtype):
+    model = quantized(small_cnn(), (3, 8, 8), bits=4).to(dtype)
+    loaded = lq.load(lq.save(model, tmp_path / "net.lq.safetensors", architecture=SMALL), allow=ALLOW)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    x = torch.randn(2, 3, 8, 8).to(dtype)
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     model = quantized(tied_network(), (6,), bits=4, first_last_bits=None, activation=None)
     target = {"import_path": "tests.exporting.test_artifact:tied_network"}
@@ -188,6 +197,9 @@ HOSTILE = {
     "a missing tensor": lambda h, t: t.pop("bn1.weight"),
     "another type": lambda h, t: t.update({"conv1.weight": t["conv1.weight"].float()}),
     "deep nesting": lambda h, t: h["architecture"].update(options={"a": [[[[[[[[[[1]]]]]]]]]]}),
+    "too many caps": lambda h, t: h.update(caps={"relu": 10**9}),
+    "too deep": lambda h, t: h["architecture"].update(name="vit_tiny_patch16_224", options={"depth": 60000}),
+    "candidates beyond numbers": lambda h, t: h["layers"]["conv1"].update(spec={"bits": 3, "candidates": [10**400]}),
     "a newer version": lambda h, t: h.update(format_version=2),
     "no version": lambda h, t: h.update(format_version=None),
 }

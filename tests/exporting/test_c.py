@@ -3,6 +3,7 @@ import subprocess
 
 import pytest
 import torch
+from torch import nn
 
 import lq
 from lq.exporting.c import c_source, write_c
@@ -42,6 +43,21 @@ NETWORKS = {
     "residual with zero channels": (lambda: create_model("cifar_resnet8"), (3, 16, 16)),
     "depthwise, same padding": (lambda: MobileNetV1(0.25, num_classes=3), (3, 32, 32)),
 }
+
+
+class Pooled(nn.Module):
+    """A pool whose result is added to what it still reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1), nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(self.pool(x) + x).flatten(1)
+
+
+NETWORKS["a pool added to its input"] = (Pooled, (3, 8, 8))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

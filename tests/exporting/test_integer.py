@@ -204,7 +204,47 @@ class Branching(nn.Module):
         return self.conv(x) * 2
 
 
+class Odd(nn.Module):
+    """One network per way to be misread."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.conv, self.second = way, nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.head, self.relu = nn.Linear(14, 14), nn.ReLU(inplace=way == "in place")
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.way == "in place":
+            return self.second(self.relu(x)) + x
+        if self.way == "broadcast":
+            return self.second(x + x.mean((2, 3), keepdim=True))
+        if self.way == "a pixel's linear layer":
+            return self.head(x)
+        if self.way == "two outputs":
+            return x, self.second(x)
+        first = self.second(x)
+        self.relu(first)  # not what is returned
+        return first
+
+
+class WithReLU(nn.Conv2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+def test_the_output_is_what_is_returned_not_what_ran_last():
+    model = quantized(Odd("last"), (3, 4, 4), bits=8)
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(lq.IntegerNetwork(model, (3, 4, 4))(x).float(), model(x), atol=1e-4, rtol=1e-4)
+
+
 UNSUPPORTED = {
+    "in place": (lambda: Odd("in place"), {}, "changes a tensor in place that is used elsewhere"),
+    "broadcast": (lambda: Odd("broadcast"), {}, "what is added must have the same shape"),
+    "a pixel's linear layer": (lambda: Odd("a pixel's linear layer"), {}, "Linear is not one product"),
+    "two outputs": (lambda: Odd("two outputs"), {}, "must return one tensor"),
+    "a layer that does more": (lambda: nn.Sequential(WithReLU(3, 3, 1), nn.Conv2d(3, 3, 1)), {}, "is not one product"),
     "weights alone": (small_cnn, {"activation": None}, r"0: its input is not quantized.*activation=auto"),
     "a codebook": (small_cnn, {"quantizer": "codebook"}, r"3: the levels of a codebook .* use quantizer=subset"),
     "a product": (Branching, {}, r"mul: mul has no integer form here.*target=onnx"),

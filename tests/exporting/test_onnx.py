@@ -19,12 +19,10 @@ pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.filterwarnings("ignore")
 SPECS = {
     "8 bits per channel": ({"bits": 8, "granularity": "channel"}, {"INT8"}),
-    "4 bits": ({"bits": 4}, {"INT8"}),
     "weights of 3 bits alone": ({"bits": 3, "activation": None, "granularity": "channel"}, {"INT4", "INT8"}),
     "mid-rise": ({"bits": 2, "grid": "mid_rise", "activation": None}, {"INT4"}),
     "subset": ({"bits": 4, "quantizer": "subset", "granularity": "channel"}, {"UINT4", "INT8"}),
     "subset, inputs too": ({"bits": 3, "quantizer": "subset", "activation_levels": "subset"}, {"UINT4", "INT8"}),
-    "codebook": ({"bits": 3, "quantizer": "codebook", "activation": None}, {"UINT4", "INT8"}),
     "points per channel": (
         {"bits": 3, "quantizer": "subset", "granularity": "channel", "points_per": "channel", "activation": None},
         {"INT8"},

@@ -118,7 +118,8 @@ class _Writer:
                 size = 4 * torch.Size(self.shapes[unit.result]).numel()
                 end = last[unit.result] if unit.result != self.units[-1].result else len(self.units)
                 reused = found.get(unit.other)
-                if reused is not None and reused.last == i and reused.size == size:
+                pointwise = unit.step.node.kind in ("layer", "add", "relu")  # others read what lies elsewhere
+                if pointwise and reused is not None and reused.last == i and reused.size == size:
                     reused.last, found[unit.result] = end, reused  # each element is read before it is written
                 else:
                     found[unit.result] = Buffer(size, i, end)

@@ -1,0 +1,89 @@
+"""What a step of a traced network is, told by its module, its target and its arguments."""
+
+import operator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lq.nn import CappedReLU
+
+__all__ = [
+    "in_place",
+    "is_drop_path",
+    "is_global_mean",
+    "pads_channels",
+    "pair",
+    "passes_on",
+    "relu_cap",
+    "slice_strides",
+    "window",
+]
+
+
+def passes_on(seen: tuple[Any, ...], result: Tensor) -> bool:
+    """Whether a layer passes on what its operator gave, as it is."""
+    again = F.linear(*seen) if len(seen) == 3 else F.conv2d(*seen) if seen[1].dim() == 4 else None
+    return again is None or (again.shape == result.shape and torch.equal(again, result))
+
+
+def in_place(n: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a step changes what it takes."""
+    named = n.target in ("relu_", "add_", operator.iadd)
+    return named or bool(getattr(module, "inplace", False)) or bool(n.kwargs.get("inplace", False))
+
+
+def relu_cap(module: nn.Module | None) -> Tensor | bool | None:
+    """Upper end of a ReLU: None for none; False for other modules."""
+    if isinstance(module, CappedReLU):
+        return module.cap
+    if isinstance(module, nn.ReLU6):
+        return torch.tensor([6.0])
+    return None if type(module) is nn.ReLU else False
+
+
+def is_drop_path(module: nn.Module | None) -> bool:
+    """Whether a module drops whole samples in training, and does nothing else."""
+    return type(module).__name__ == "DropPath"
+
+
+def is_global_mean(n: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a step averages over all rows and columns."""
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return module.output_size in (1, (1, 1))
+    if n.target not in ("mean", torch.mean):
+        return False
+    dims = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
+    return isinstance(dims, tuple | list) and sorted(cast(int, d) % 4 for d in dims) == [2, 3]
+
+
+def slice_strides(index: Any) -> tuple[int, int] | None:
+    """Strides of ``x[:, :, ::s, ::t]``, None for any other index."""
+    if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(i, slice) for i in index):
+        return None
+    if any(i.start is not None or i.stop is not None for i in index) or any(i.step not in (None, 1) for i in index[:2]):
+        return None
+    return index[2].step or 1, index[3].step or 1
+
+
+def pads_channels(n: fx.Node) -> bool:
+    """Whether a padding adds zero channels and nothing else."""
+    sides: Any = n.args[1] if len(n.args) > 1 else None
+    if not isinstance(sides, tuple | list) or len(sides) != 6 or any(sides[:4]) or min(sides) < 0:
+        return False
+    how = n.kwargs.get("mode", "constant"), n.kwargs.get("value")
+    return how in (("constant", None), ("constant", 0))
+
+
+def window(module: nn.Module) -> dict[str, Any]:
+    """Kernel, stride and padding of a pooling module."""
+    layer = cast(Any, module)
+    return {"kernel": pair(layer.kernel_size), "stride": pair(layer.stride), "padding": pair(layer.padding)}
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Two numbers from one or two."""
+    both = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    assert len(both) == 2
+    return int(both[0]), int(both[1])
