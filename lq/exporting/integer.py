@@ -34,9 +34,10 @@ class IntegerNetwork(nn.Module):
         UnsupportedError: for a network that has no integer form, naming the layer and the alternatives.
 
     >>> import lq
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2, 3))
     >>> report = lq.quantize_model(model)
-    >>> lq.calibrate(model, [torch.rand(8, 1, 3, 3)])
+    >>> calibrated = lq.calibrate(model, [torch.rand(8, 1, 3, 3)])
     >>> network, x = IntegerNetwork(model, (1, 3, 3)), torch.rand(5, 1, 3, 3)
     >>> torch.equal(network(x).argmax(1), model.eval()(x).argmax(1))
     True

@@ -46,7 +46,6 @@ def test_bad_input_is_one_line(artifact):
             "target=c",
             "accumulator_bits=12",
         ): "must fit in 12 bits",
-        ("inspect", "conftest.py"): "lq inspect",
     }
     for arguments, message in cases.items():
         done = command(*arguments, cwd=folder)

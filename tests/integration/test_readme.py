@@ -8,7 +8,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 import lq
+from lq.classifier import Classifier
 from tests.helpers.modules import Plain, loader, small_cnn
+from tests.helpers.quantized import quantized
 
 TEXT = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -21,7 +23,7 @@ def test_no_result_is_left_to_be_filled_in():
 
 
 def test_there_are_blocks_to_run():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 class Module(Plain):
@@ -64,6 +66,18 @@ def test_the_search_runs_as_it_stands(capsys):
     exec(BLOCKS[3], scope)
     assert "layers quantized" in capsys.readouterr().out
     lq.search(small_cnn(), scope["batches"], dataclasses.replace(scope["better"], reconstruct=2), progress=False)
+
+
+def test_the_deployment_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = Classifier({"name": "cifar_resnet8"})
+    quantized(module, (3, 32, 32), bits=4)
+    scope = {"module": module, "lq": lq}
+    exec(BLOCKS[4], scope)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["network"](x), module(x))
+    assert torch.equal(scope["integers"](x).argmax(1), module(x).argmax(1))
 
 
 def test_files_and_commands_that_it_names_exist():

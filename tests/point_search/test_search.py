@@ -395,7 +395,7 @@ def test_the_callback_searches_points_by_itself():
 def test_a_searched_network_is_stored_and_comes_back(tmp_path):
     model = small_cnn()
     search(model)
-    target = {"import_path": "tests.helpers.modules:small_cnn"}
+    target = {"import_path": f"{small_cnn.__module__}:small_cnn"}
     loaded = lq.load(lq.save(model, tmp_path / "net.lq.safetensors", architecture=target), allow=target.values())
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(loaded(x), model.eval()(x))
