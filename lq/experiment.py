@@ -134,20 +134,17 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
     trainer.fit(classifier, settings.data, ckpt_path=settings.ckpt_path, weights_only=True)
     stored = _stored(settings, trainer, classifier)
     network = settings.output_dir / NETWORK
+    # packed weights lie on their levels: how well training aligned them is seen before
+    alignment, size = network_metrics(stored, layers=False)[metric("alignment")], network_size(stored)
+    figures = {}
     if trainer.is_global_zero:
+        figures = {"weights.png": weights_figure(stored), "alignment.png": alignment_figure(stored)}
         save(stored, network, input=input_of(settings.data), metrics=_monitored(settings, trainer))
     trainer.strategy.barrier()
     stored.model = load(network)  # what is scored is what ships
     accuracy, _ = score(settings, stored, "")
-    outcome = Outcome(
-        float_accuracy=float_accuracy,
-        quantized_accuracy=accuracy,
-        alignment=network_metrics(stored, layers=False)[metric("alignment")],
-        size=network_size(stored),
-        network=network,
-    )
+    outcome = Outcome(float_accuracy, accuracy, alignment, size, network)
     if trainer.is_global_zero:
-        figures = {"weights.png": weights_figure(stored), "alignment.png": alignment_figure(stored)}
         store_files(settings.loggers, [network], figures)
         log_text(settings.loggers, "lq/outcome.txt", str(outcome))
         if settings.registered_model:

@@ -4,14 +4,13 @@ import re
 
 import pytest
 import torch
-from mlflow.tracking import MlflowClient
 
 import lq as package
 from lq.classifier import Classifier
 from lq.data import DigitsData
 from lq.nn import named_quantized_layers
 from lq.quantizers import PointQuantizer
-from tests.helpers.commands import lq
+from tests.helpers.commands import lq, tracked_run
 
 QUICK = ["pretrain_epochs=1", "trainer.limit_train_batches=8", "trainer.enable_progress_bar=false"]
 STAGES = [
@@ -49,10 +48,7 @@ def test_it_prints_every_layer_and_the_outcome(finished):
 
 def test_the_run_is_tracked_whole(finished):
     folder, _ = finished
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("digits-search")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
+    client, run = tracked_run(folder, "digits-search")
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "cifar_resnet8 subset W4A4 inputs equalized reconstructed"
     assert {"float/test/acc", "test/acc", "lq/sqnr_db", "lq/bits_per_weight"} <= set(run.data.metrics)

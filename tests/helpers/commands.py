@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
 ROOT = Path(__file__).parents[2]
 QUICK = [
     "pretrain_epochs=1",
@@ -24,3 +27,12 @@ def lq(*arguments: str, cwd: Path, path: Path = ROOT, **environment: str) -> sub
         text=True,
         timeout=500,
     )
+
+
+def tracked_run(folder: Path, experiment: str) -> tuple[MlflowClient, Run]:
+    """The one run of an experiment in the database that lies in a folder."""
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    (run,) = client.search_runs([found.experiment_id])
+    return client, run
