@@ -28,7 +28,8 @@ def check_accumulators(network: IntegerNetwork, bits: int) -> None:
         named = ", ".join(f"{path} ({worst.bit_length() + 1} bits)" for path, worst in over.items())
         raise ValueError(
             f"accumulators must fit in {bits} bits for every input, these could need more: {named}. Set "
-            "overflow=repair to raise their scales, overflow=wrap to see what would happen, or accumulator_bits=32"
+            "overflow=repair to raise their scales, or accumulator_bits=32; lq.IntegerNetwork(model, shape, "
+            f"accumulator_bits={bits}) shows what wrapping around would do"
         )
 
 
