@@ -9,7 +9,7 @@ import lq
 
 ROOT = Path(lq.__file__).parent
 LAYERS = [
-    {"text", "distributed", "_paths"},
+    {"text", "files", "distributed", "_paths"},
     {"functional"},
     {"spec"},
     {"search_spec"},

@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-__all__ = ["FORMAT_VERSION", "ArtifactError", "read_artifact", "write_artifact", "write_whole"]
+from lq.files import raw_bytes, write_whole
+
+__all__ = ["FORMAT_VERSION", "ArtifactError", "read_artifact", "write_artifact"]
 
 FORMAT_VERSION = 1
 _LARGEST_HEADER = 1 << 24
@@ -23,29 +23,6 @@ _QUANTIZERS = re.compile(r"(?<![^.])(?:weight|input)_quantizer")
 
 class ArtifactError(ValueError):
     """A file that is no sound artifact; the message says what is wrong with it."""
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Have a file written under another name, flush it to the disk, and only then give it its name.
-
-    Args:
-        path: of the file; its folder is made.
-        write: writes the file it is given the path of.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def write_artifact(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
@@ -128,6 +105,5 @@ def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         tensor = tensors[name]
         digest = blocks.setdefault(_QUANTIZERS.split(name)[0].rpartition(".")[0], hashlib.sha256())
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        if tensor.numel():
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return {block: digest.hexdigest() for block, digest in blocks.items()}

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lq.exporting.files import write_whole
 from lq.exporting.folding import fold_away
 from lq.exporting.graph import UnsupportedError
+from lq.files import write_whole
 from lq.functional.layout import positive
 from lq.nn import QuantLayer, named_quantized_layers
 from lq.quantizers import ActivationQuantizer, PointQuantizer

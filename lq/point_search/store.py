@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lq.files import raw_bytes, write_whole
 
 __all__ = ["StaleResultError", "Store", "digest_of"]
 
@@ -33,6 +33,7 @@ def digest_of(tensors: Iterable[Tensor | None], settings: Mapping[str, Any]) -> 
     Returns:
         SHA-256 in hexadecimal digits.
 
+    >>> import torch
     >>> len(digest_of([torch.zeros(2)], {"bits": 4}))
     64
     """
@@ -41,9 +42,8 @@ def digest_of(tensors: Iterable[Tensor | None], settings: Mapping[str, Any]) -> 
         if tensor is None:
             total.update(b"none")
             continue
-        plain = tensor.detach().cpu().contiguous()
-        total.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        total.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+        total.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(raw_bytes(tensor))
     return total.hexdigest()
 
 
@@ -101,12 +101,10 @@ class Store:
         path = self._path(name)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         values = result if isinstance(result, dict) else asdict(result)
-        partial = path.with_name(path.name + ".partial")
         plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        save_file(plain, partial, metadata={_KEY: json.dumps({"digest": digest, "result": values})})
-        os.replace(partial, path)
+        metadata = {_KEY: json.dumps({"digest": digest, "result": values})}
+        write_whole(path, lambda partial: save_file(plain, partial, metadata=metadata))
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}.safetensors"

@@ -20,10 +20,10 @@ from lq.exporting.c.sizes import (
     type_of,
 )
 from lq.exporting.c.units import Unit, join
-from lq.exporting.files import write_whole
 from lq.exporting.graph import UnsupportedError
 from lq.exporting.integer import IntegerNetwork
 from lq.exporting.lower import Step
+from lq.files import write_whole
 from lq.functional.packing import pack
 
 __all__ = ["CSource", "c_source", "write_c"]
