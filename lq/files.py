@@ -51,4 +51,4 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     b'\x01\x00\x02\x01'
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

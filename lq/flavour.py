@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lq.exporting import load, read_header
+from lq.exporting import load_with_header, read_header
 from lq.tracking import is_mlflow
 
 __all__ = ["PackedModel", "log_packed_model"]
@@ -27,8 +27,8 @@ class PackedModel:
 
     def __init__(self, path: str | Path, allow: Collection[str] = ()) -> None:
         """Load the network and what its input must look like."""
-        self.network = load(path, allow=allow)
-        self.input = read_header(path)[1].get("input", {})
+        self.network, header = load_with_header(path, allow)
+        self.input = header.get("input", {})
 
     @torch.inference_mode()
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:

@@ -16,14 +16,14 @@ from lq.exporting import (
     ArtifactError,
     IntegerNetwork,
     UnsupportedError,
+    architecture_of,
     check_accumulators,
     integer_cost,
-    load,
-    read_header,
+    load_with_header,
+    network_of,
     repair_accumulators,
     save,
 )
-from lq.exporting.artifact import architecture_of, network_of
 from lq.exporting.inspect import describe
 
 __all__ = ["ExportConfig", "export", "inspect", "load_network"]
@@ -62,7 +62,7 @@ def load_network(path: str, allow: Sequence[str] = ()) -> tuple[nn.Module, dict[
     if Path(path).suffix == ".ckpt":
         module = load_from_checkpoint(Classifier, path, map_location="cpu")
         return network_of(module), {"architecture": architecture_of(module), "input": {}, "metrics": {}}
-    return load(path, allow=allow), read_header(path)[1]
+    return load_with_header(path, allow)
 
 
 def export(arguments: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """What leaves training: the packed artifact, the integer engine, C and ONNX."""
 
-from lq.exporting.artifact import load, read_header, save
+from lq.exporting.architecture import architecture_of, network_of
+from lq.exporting.artifact import load, load_with_header, read_header, save
 from lq.exporting.cost import CostReport, integer_cost
 from lq.exporting.files import ArtifactError
 from lq.exporting.graph import UnsupportedError
@@ -12,9 +13,12 @@ __all__ = [
     "CostReport",
     "IntegerNetwork",
     "UnsupportedError",
+    "architecture_of",
     "check_accumulators",
     "integer_cost",
     "load",
+    "load_with_header",
+    "network_of",
     "read_header",
     "repair_accumulators",
     "save",

@@ -1,7 +1,8 @@
 """The artifact: a quantized network as one file, its weights packed at exactly their widths, and back."""
 
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from lq.nn import QuantLayer, named_quantized_layers, weight_key
 from lq.spec import LayerSpec
 from lq.surgery import caps_and_biases, layer_specs, rebuild
 
-__all__ = ["load", "read_header", "save"]
+__all__ = ["load", "load_with_header", "read_header", "save"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -97,13 +98,25 @@ def load(path: str | Path, *, allow: Collection[str] = ()) -> nn.Module:
         FileNotFoundError: where there is no file.
         ArtifactError: for a file that is not sound, or needs a function that is not allowed.
     """
+    return load_with_header(path, allow)[0]
+
+
+def load_with_header(path: str | Path, allow: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+    """`load`, and what the file says of itself.
+
+    Args:
+        path: of the file.
+        allow: as there.
+
+    Returns:
+        The network, and the header: architecture, layers, input, metrics, provenance.
+
+    Raises:
+        ArtifactError: as there.
+    """
     tensors, header = read_artifact(path)
-    try:
-        return _restore(tensors, header, allow)
-    except ArtifactError:
-        raise
-    except Exception as error:  # whatever an unsound header makes of the code that follows it
-        raise ArtifactError(f"{Path(path).name} cannot be restored: {type(error).__name__}: {error}") from error
+    with _sound(path):
+        return _restore(tensors, header, allow), header
 
 
 def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, LayerSpec]]:
@@ -119,12 +132,19 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         ArtifactError: for a file that is not sound.
     """
     tensors, header = read_artifact(path)
-    try:
+    with _sound(path):
         return tensors, header, _specs(tensors, header)
+
+
+@contextmanager
+def _sound(path: str | Path) -> Iterator[None]:
+    """Whatever an unsound header makes of the code that follows it is an error of the file."""
+    try:
+        yield
     except ArtifactError:
         raise
-    except Exception as error:  # whatever an unsound header makes of it
-        raise ArtifactError(f"{Path(path).name} is not sound: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise ArtifactError(f"{Path(path).name} cannot be restored: {type(error).__name__}: {error}") from error
 
 
 def versions() -> dict[str, str]:
@@ -166,46 +186,42 @@ def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _restore(tensors: dict[str, Tensor], header: dict[str, Any], allow: Collection[str]) -> nn.Module:
     specs = _specs(tensors, header)
-    network = _skeleton(header, specs, tensors, allow)
-    state = dict(tensors)
-    shared = _shared_parameters(network)
-    with torch.no_grad():
-        for path, layer in named_quantized_layers(network).items():
-            for name in ("weight_quantizer", "input_quantizer"):
-                part, prefix = getattr(layer, name), _key(path, f"{name}.")
-                if part is not None:
-                    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                    part.to_empty(device="cpu").load_state_dict(own)
-        for path, layer in named_quantized_layers(network).items():
-            entry = header["layers"][path]
-            source = entry.get("tied", path)
-            packed, bits = tensors[_key(source, "weight")], layer.weight_quantizer.codes.bits
-            shape = torch.Size(entry["shape"])
-            codes = unpack(packed, bits, shape.numel()).to(torch.int16) + _lowest(layer)
-            values = layer.weight_quantizer.decode(codes.reshape(shape))
-            state[_key(path, "weight")] = values.to(_DTYPES[entry.get("dtype", "float32")])
-    network.load_state_dict(state, assign=True)
+    network = _fitting(header, specs, tensors, allow)
+    if not _holds_all_in_state(network):
+        network = _build(header, specs, allow, "cpu", len(tensors))
+    layers, shared = named_quantized_layers(network), _shared_parameters(network)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in {_key(path, "weight") for path in layers}}
+    network.load_state_dict(rest, strict=False, assign=True)  # their names and shapes were compared
+    for path, layer in layers.items():
+        entry, quantizer = header["layers"][path], layer.weight_quantizer
+        shape, packed = torch.Size(entry["shape"]), tensors[_key(entry.get("tied", path), "weight")]
+        codes = unpack(packed, quantizer.codes.bits, shape.numel()).to(torch.int16) + _lowest(layer)
+        with torch.no_grad():
+            values = quantizer.decode(codes.reshape(shape)).to(_DTYPES[entry.get("dtype", "float32")])
+        layer.weight = nn.Parameter(values)
     for names in shared:
         _tie(network, names)
     return network.eval()
 
 
-def _skeleton(
+def _fitting(
     header: Mapping[str, Any], specs: Mapping[str, LayerSpec], tensors: Mapping[str, Tensor], allow: Collection[str]
 ) -> nn.Module:
-    """The quantized network without values: first without memory, to see that the file fits, which costs nothing."""
+    """The quantized network without memory, after a look at whether what is stored fits."""
     network = _build(header, specs, allow, "meta", len(tensors))
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    expected, given = (
+        {name: (tuple(value.shape), value.is_floating_point()) for name, value in found.items()}
+        for found in (network.state_dict(), tensors)
+    )
     for path, entry in header["layers"].items():
-        given[_key(path, "weight")] = tuple(entry["shape"])
+        given[_key(path, "weight")] = tuple(entry["shape"]), True
     if expected != given:
         wrong = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
         raise ArtifactError(
             f"the architecture must build the network that was stored, it differs in {wrong[:5]}"
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
-    return network if _holds_all_in_state(network) else _build(header, specs, allow, "cpu", len(tensors))
+    return network
 
 
 def _build(
@@ -221,7 +237,7 @@ def _check_architecture(header: dict[str, Any], tensors: dict[str, Tensor]) -> N
     """That the file will load: better said now than to whoever gets it."""
     allow = [header["architecture"].get("import_path", "")]
     try:
-        _skeleton(header, _specs(tensors, header), tensors, allow)
+        _fitting(header, _specs(tensors, header), tensors, allow)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"architecture must be that of the model, got {header['architecture']}: {error}") from error
 

@@ -196,6 +196,7 @@ HOSTILE = {
     "too few codes": lambda h, t: t.update({"conv1.weight": t["conv1.weight"][:-1].clone()}),
     "a missing tensor": lambda h, t: t.pop("bn1.weight"),
     "another type": lambda h, t: t.update({"conv1.weight": t["conv1.weight"].float()}),
+    "integers for a bias": lambda h, t: t.update({"bn1.weight": t["bn1.weight"].int()}),
     "deep nesting": lambda h, t: h["architecture"].update(options={"a": [[[[[[[[[[1]]]]]]]]]]}),
     "too many caps": lambda h, t: h.update(caps={"relu": 10**9}),
     "too deep": lambda h, t: h["architecture"].update(name="vit_tiny_patch16_224", options={"depth": 60000}),
