@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lq.functional.packing import packed_bytes
 from lq.functional.statistics import LevelStatistics
 from lq.nn import QuantLayer, named_quantized_layers, weight_key
 from lq.quantizers import PointQuantizer, Quantizer
@@ -200,10 +201,9 @@ def network_size(model: nn.Module) -> NetworkSize:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         counted.add(id(weight))
-        codes = layer.weight_quantizer.codes
         weights += weight.numel()
         quantizer = layer.weight_quantizer
         tables = quantizer.scale.numel() + (quantizer.points.numel() if isinstance(quantizer, PointQuantizer) else 0)
-        packed += -(-weight.numel() * codes.bits // 8) + 4 * tables
+        packed += packed_bytes(weight.numel(), quantizer.codes.bits) + 4 * tables
     rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in counted)
     return NetworkSize(weights, 4 * weights, packed, rest)

@@ -1,5 +1,6 @@
 """The configuration of ``lq train``: its schema, and how it becomes objects."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def doc(text: str, default: Any) -> Any:
     Returns:
         The dataclass field.
     """
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: copy.copy(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 

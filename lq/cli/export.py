@@ -2,15 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from torch import nn
 
 from lq.checkpoints import load_from_checkpoint
 from lq.classifier import Classifier
+from lq.cli.arguments import parse, usage
 from lq.cli.config import doc
 from lq.exporting import (
     ArtifactError,
@@ -39,8 +40,8 @@ class ExportConfig:
     checkpoint: str = doc("what to export: a checkpoint of lq train or lq search, or an artifact.", MISSING)
     out: str = doc("file to write, such as net.lq.safetensors, net.c or net.onnx.", MISSING)
     target: str = doc('"artifact", "c" or "onnx".', "artifact")
-    shape: list[int] = field(default_factory=list, metadata={"help": "of one input, [3,32,32]; the file may say it."})
-    allow: list[str] = field(default_factory=list, metadata={"help": "import paths that an artifact may call."})
+    shape: list[int] = doc("of one input, [3,32,32]; the file may say it.", [])
+    allow: list[str] = doc("import paths that an artifact may call.", [])
     accumulator_bits: int = doc("width of integer accumulators that must never overflow (c).", 32)
     overflow: str = doc('where they could: "refuse", or "repair" by larger scales.', "refuse")
     shift_only: bool = doc("requantize by shifts alone, which rounds factors to powers of two (c).", False)
@@ -72,9 +73,9 @@ def export(arguments: Sequence[str]) -> None:
         arguments: of the command line, such as ``["checkpoint=net.ckpt", "out=net.c", "target=c"]``.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(_help())
+        print(usage("lq export", ExportConfig))
         return
-    config: Any = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_cli(list(arguments)))
+    config = parse(ExportConfig, arguments)
     for name, allowed in (("target", TARGETS), ("overflow", OVERFLOWS)):
         if config[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}: choose one of those")
@@ -135,13 +136,3 @@ def run(command: str, arguments: Sequence[str]) -> None:
         {"export": export, "inspect": inspect}[command](arguments)
     except (ArtifactError, UnsupportedError, ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"lq {command}: {error}")
-
-
-def _help() -> str:
-    lines = ["usage: lq export checkpoint=FILE out=FILE [target=artifact|c|onnx] [FIELD=VALUE] ...", ""]
-    for item in fields(ExportConfig):
-        given = OmegaConf.to_container(OmegaConf.structured(ExportConfig))
-        value = given[item.name] if isinstance(given, dict) else None
-        default = "" if value == MISSING else f" [{value}]"
-        lines.append(f"  {item.name:<18} {item.metadata['help']}{default}")
-    return "\n".join(lines)

@@ -10,7 +10,7 @@ from lq._paths import home
 from lq.cli.config import GROUPS, TrainConfig
 from lq.cli.search_config import SEARCH_GROUPS, SearchConfig
 
-__all__ = ["help_text"]
+__all__ = ["field_lines", "help_text"]
 
 _WIDTH = 118
 _TRAIN = """\
@@ -50,11 +50,11 @@ def help_text(command: str) -> str:
     names = [g for g in _groups() if g in {f.name for f in dataclasses.fields(top)}]
     lines = [head, "Groups (GROUP=OPTION):", _entry("recipes", ", ".join(recipes))]
     lines += [_entry(group, ", ".join(_options(home() / "conf" / group))) for group in names]
-    lines += ["", "Fields of the top level:", *_fields(top, "")]
+    lines += ["", "Fields of the top level:", *field_lines(top, "")]
     for group, schemas in groups.items():
         for name, node in schemas.items():
             option = name.removeprefix("schema").strip("_")
-            lines += ["", f"Fields of {group}{'=' + option if option else ''}:", *_fields(node, f"{group}.")]
+            lines += ["", f"Fields of {group}{'=' + option if option else ''}:", *field_lines(node, f"{group}.")]
     return "\n".join(lines)
 
 
@@ -66,7 +66,16 @@ def _options(folder: Any) -> list[str]:
     return sorted(p.stem for p in folder.glob("*.yaml"))
 
 
-def _fields(node: type[Any], prefix: str) -> list[str]:
+def field_lines(node: type[Any], prefix: str) -> list[str]:
+    """A line for each field of a schema that has help.
+
+    Args:
+        node: a dataclass.
+        prefix: of the names.
+
+    Returns:
+        Name, sentence and default.
+    """
     lines = []
     for f in dataclasses.fields(node):
         if f.name == "_target_" or "help" not in f.metadata:

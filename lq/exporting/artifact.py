@@ -4,7 +4,7 @@ import platform
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lq.exporting.architecture import architecture_of, build, network_of
 from lq.exporting.files import ArtifactError, read_artifact, write_artifact
+from lq.exporting.state import holds_all_in_state, key_of, shared_parameters, tie
 from lq.functional.packing import pack, packed_bytes, unpack
 from lq.network import distinct_weights
 from lq.nn import QuantLayer, named_quantized_layers, weight_key
@@ -164,9 +165,9 @@ def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     layers: dict[str, Any] = {}
     owners = {weight_key(layer): path for path, layer in reversed(list(distinct_weights(network)))}
     for path, layer in named_quantized_layers(network).items():
-        for key in [k for k in tensors if k.startswith(_key(path, "parametrizations.weight."))]:
+        for key in [k for k in tensors if k.startswith(key_of(path, "parametrizations.weight."))]:
             del tensors[key]
-        tensors.pop(_key(path, "weight"), None)
+        tensors.pop(key_of(path, "weight"), None)
         weight, quantizer = layer.float_weight(), layer.weight_quantizer
         layers[path] = {"shape": list(weight.shape), "spec": _changed(specs[path])}
         owner = path if _computes_weight(layer) else owners[weight_key(layer)]
@@ -180,27 +181,27 @@ def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             layers[path]["tied"] = owner
             continue
         codes = quantizer.encode(weight).to(torch.int16) - _lowest(layer)
-        tensors[_key(path, "weight")] = pack(codes, quantizer.codes.bits)
+        tensors[key_of(path, "weight")] = pack(codes, quantizer.codes.bits)
     return tensors, layers
 
 
 def _restore(tensors: dict[str, Tensor], header: dict[str, Any], allow: Collection[str]) -> nn.Module:
     specs = _specs(tensors, header)
     network = _fitting(header, specs, tensors, allow)
-    if not _holds_all_in_state(network):
+    if not holds_all_in_state(network):
         network = _build(header, specs, allow, "cpu", len(tensors))
-    layers, shared = named_quantized_layers(network), _shared_parameters(network)
-    rest = {name: tensor for name, tensor in tensors.items() if name not in {_key(path, "weight") for path in layers}}
+    layers, shared = named_quantized_layers(network), shared_parameters(network)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in {key_of(path, "weight") for path in layers}}
     network.load_state_dict(rest, strict=False, assign=True)  # their names and shapes were compared
     for path, layer in layers.items():
         entry, quantizer = header["layers"][path], layer.weight_quantizer
-        shape, packed = torch.Size(entry["shape"]), tensors[_key(entry.get("tied", path), "weight")]
+        shape, packed = torch.Size(entry["shape"]), tensors[key_of(entry.get("tied", path), "weight")]
         codes = unpack(packed, quantizer.codes.bits, shape.numel()).to(torch.int16) + _lowest(layer)
         with torch.no_grad():
             values = quantizer.decode(codes.reshape(shape)).to(_DTYPES[entry.get("dtype", "float32")])
         layer.weight = nn.Parameter(values)
     for names in shared:
-        _tie(network, names)
+        tie(network, names)
     return network.eval()
 
 
@@ -214,7 +215,7 @@ def _fitting(
         for found in (network.state_dict(), tensors)
     )
     for path, entry in header["layers"].items():
-        given[_key(path, "weight")] = tuple(entry["shape"]), True
+        given[key_of(path, "weight")] = tuple(entry["shape"]), True
     if expected != given:
         wrong = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
         raise ArtifactError(
@@ -242,14 +243,6 @@ def _check_architecture(header: dict[str, Any], tensors: dict[str, Tensor]) -> N
         raise ValueError(f"architecture must be that of the model, got {header['architecture']}: {error}") from error
 
 
-def _holds_all_in_state(network: nn.Module) -> bool:
-    """Whether a network has no tensors beside its state: those would stay without values."""
-    held = {id(t) for t in network.state_dict(keep_vars=True).values()}
-    buffers = all(id(b) in held for b in network.buffers())
-    loose = any(isinstance(v, Tensor) for m in network.modules() for v in vars(m).values())
-    return buffers and not loose
-
-
 def _specs(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, LayerSpec]:
     """The layers' specs, after a look at whether the header makes sense of the tensors."""
     kinds = {"architecture": dict, "layers": dict, "caps": dict, "biases": list, "fixed": list}
@@ -257,7 +250,7 @@ def _specs(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str
         if not isinstance(header.get(name), kind):
             raise ArtifactError(f"the header's {name} must be {kind.__name__}, got {header.get(name)!r:.80}")
     for path, count in header["caps"].items():
-        cap = tensors.get(_key(path, "cap"))
+        cap = tensors.get(key_of(path, "cap"))
         if cap is None or cap.shape != (count,):
             raise ArtifactError(f"the caps of {path!r} must be as many as stored, got {count!r:.80}")
     specs = {}
@@ -266,7 +259,7 @@ def _specs(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str
         shape, source = entry["shape"], entry.get("tied", path)
         if not isinstance(shape, list) or not all(isinstance(n, int) and 0 < n < 2**31 for n in shape):
             raise ArtifactError(f"the shape of {path!r} must be positive integers, got {shape!r:.80}")
-        packed = tensors.get(_key(source, "weight"))
+        packed = tensors.get(key_of(source, "weight"))
         size = packed_bytes(torch.Size(shape).numel(), specs[path].weight_codes.bits)
         if packed is None or packed.dtype != torch.uint8 or packed.shape != (size,):
             raise ArtifactError(f"the codes of {path!r} must be {size} bytes, got {getattr(packed, 'shape', None)}")
@@ -281,21 +274,3 @@ def _changed(spec: LayerSpec) -> dict[str, Any]:
 
 def _lowest(layer: QuantLayer) -> int:
     return layer.weight_quantizer.codes.lo
-
-
-def _key(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _shared_parameters(network: nn.Module) -> list[list[str]]:
-    groups: dict[int, list[str]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
-
-
-def _tie(network: nn.Module, names: list[str]) -> None:
-    first = network.get_parameter(names[0])
-    for name in names[1:]:
-        parent, _, attribute = name.rpartition(".")
-        cast(nn.Module, network.get_submodule(parent)).register_parameter(attribute, first)

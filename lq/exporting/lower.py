@@ -1,6 +1,6 @@
 """From operations on real numbers to operations on integers: tables, multipliers, shifts, and proven bounds."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,6 @@ class InputCodes:
     """How a layer's input becomes codes, and which integers they stand for.
 
     Args:
-        bits: width of a code.
         lo: smallest code.
         hi: largest code.
         by: turns wide integers into codes of uniform levels; None for points.
@@ -31,7 +30,6 @@ class InputCodes:
         points: integer of each code, int32 ``(L,)``; None where the code is the integer.
     """
 
-    bits: int
     lo: int
     hi: int
     by: Multiplier | None = None
@@ -94,7 +92,7 @@ class Step:
     shifts: tuple[int, ...] = ()
     layer: LayerPlan | None = None
     cap: Tensor | None = None
-    by: Multiplier | None = field(default=None)
+    by: Multiplier | None = None
 
 
 @torch.no_grad()
@@ -224,19 +222,18 @@ def _takes(layer: QuantLayer, path: str, exponent: int | None, shift_only: bool)
         )
     quantizer = cast(Quantizer, inputs.quantizer)
     lo, hi, _ = quantizer.codes
-    bits = quantizer.codes.bits
     scale = float(positive(quantizer.scale.detach()).double())
     if isinstance(quantizer, PointQuantizer):
         integers, k = integer_points(quantizer.points.cpu())
         unit, count = scale * 2.0**-k, len(integers)
         middles = (integers[1:] + integers[:-1]).double() / 2 * unit
         limits = None if exponent is None else torch.ceil(torch.ldexp(middles, torch.tensor(exponent))).long()
-        return InputCodes(bits, 0, count - 1, None, limits, integers), unit
+        return InputCodes(0, count - 1, None, limits, integers), unit
     if exponent is None:
-        return InputCodes(bits, lo, hi), scale
+        return InputCodes(lo, hi), scale
     none = torch.zeros(1, dtype=torch.float64)
     by = multiplier(none + 2.0**-exponent / scale, none, none + 2.0**31, shift_only=shift_only)
-    return InputCodes(bits, lo, hi, by), scale
+    return InputCodes(lo, hi, by), scale
 
 
 def accumulator_bounds(weight: Tensor, reach: tuple[int, int]) -> Tensor:

@@ -36,6 +36,11 @@ class Multiplier(NamedTuple):
     b: Tensor
     n: Tensor
 
+    @property
+    def half(self) -> Tensor:
+        """Half a unit of the result, ``2^(n-1)``, which makes the shift round."""
+        return torch.bitwise_left_shift(torch.ones_like(self.n), self.n - 1)
+
 
 def wide_exponent(bound: float) -> int:
     """Exponent f of the finest steps ``2^-f`` in which values up to a bound are 32-bit integers.
@@ -96,9 +101,8 @@ def requantize(x: Tensor, by: Multiplier, axis: int = 1) -> Tensor:
     shape = [1] * x.dim()
     if by.m.numel() > 1:
         shape[axis] = -1
-    m, b, n = (part.reshape(shape) for part in by)
-    half = torch.bitwise_left_shift(torch.ones_like(n), n - 1)
-    return torch.bitwise_right_shift(x.long() * m + (b + half), n)
+    m, b, n = (part.reshape(shape) for part in (by.m, by.b + by.half, by.n))
+    return torch.bitwise_right_shift(x.long() * m + b, n)
 
 
 def rounding_shift(x: Tensor, shift: int) -> Tensor:

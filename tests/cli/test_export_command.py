@@ -40,6 +40,9 @@ def test_export_writes_c_and_artifacts(artifact, tmp_path, monkeypatch, capsys):
     [
         (["checkpoint=none.ckpt", "out=a.c"], "checkpoint must be a file, got 'none.ckpt'"),
         (["out=a.c", "target=tflite"], "target must be one of"),
+        (["out=a.c", "traget=c"], "got 'traget=c': the fields are checkpoint, out, target"),
+        (["out=a.c", "accumulator_bits=many"], "Value 'many' of type 'str' could not be converted to Integer"),
+        (["target=c"], "out must be given: out=..."),
         (["out=a.c", "target=c", "accumulator_bits=12"], "must fit in 12 bits"),
     ],
 )

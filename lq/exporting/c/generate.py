@@ -8,16 +8,20 @@ from torch import Tensor
 
 from lq.exporting.c.memory import Buffer, place
 from lq.exporting.c.sizes import (
+    BLOCK,
+    GROUPS,
     TYPES,
     CSource,
     accumulators_of,
     image_shape,
     is_narrow,
     plan_of,
+    rounding_of,
     struct_of,
     taps_of,
     text_of,
     type_of,
+    work_bytes,
 )
 from lq.exporting.c.units import Unit, join
 from lq.exporting.graph import UnsupportedError
@@ -69,7 +73,7 @@ class _Writer:
         self.flash = 0
         self.when = {unit.step.node.name: i for i, unit in enumerate(self.units)}
         self.buffers = self._buffers()
-        self.ram = place(list(self.buffers.values()))
+        self.ram = place(list(self.buffers.values())) + 2 * BLOCK  # the last block may look behind its frame
 
     def source(self) -> CSource:
         plans = self.network.layers
@@ -79,13 +83,16 @@ class _Writer:
         taps = max(taps_of(plan) for plan in plans)
         entry = next(step for step in self.network.steps if step.layer and step.node.inputs[0] == self.first.name)
         outputs = torch.Size(self.network.steps[-1].node.shape).numel()
-        ram = self.ram + 4 * accumulators + 2 * (4 + 2) * taps
+        line = max(shape[2] for shape in self.shapes.values())
+        ram = self.ram + work_bytes(accumulators, line, taps)
         kind = TYPES[type_of(plan_of(entry))][0]
         defines = {
             "LQ_INPUTS": torch.Size(self.first.shape).numel(),
             "LQ_OUTPUTS": outputs,
             "LQ_ACC": accumulators,
+            "LQ_LINE": line,
             "LQ_TAPS": taps,
+            "LQ_GROUPS": GROUPS,
             "LQ_FLASH": self.flash,
             "LQ_RAM": ram,
         }
@@ -94,7 +101,7 @@ class _Writer:
         head = ["/* A quantized network in integers, written by lq. Compile: gcc -O2 net.c -o net */"]
         head += [text_of("types.h"), *(f"#define {name} {value}" for name, value in defines.items())]
         head += [f"typedef {kind} lq_input;", f"static int64_t arena[{self.ram // 8}];"]
-        head += ["#define AT(start) ((void *)((char *)arena + (start)))", "#define COUNT(a) (sizeof(a) / sizeof *(a))"]
+        head += ["#define AT(start) ((void *)((char *)arena + (start)))"]
         run = [
             "/* From input codes, channel by channel and row by row, to logits in steps of 2^-exponent. */",
             "void lq_run(const lq_input *image, int32_t *logits) {",
@@ -202,8 +209,7 @@ class _Writer:
         left, _, top, _ = plan_of(step).conv["padding"]
         fields: dict[str, Any] = {"to": f"AT({self.buffers[f'in:{name}'].start})"}
         if takes.by is not None:
-            m, n = int(takes.by.m), int(takes.by.n)
-            fields |= {"m": m, "lo": takes.lo, "hi": takes.hi, "half": f"INT64_C({1 << (n - 1)})", "n": n}
+            fields |= {"lo": takes.lo, "hi": takes.hi, **rounding_of(takes.by)}
         else:
             assert takes.points is not None
             assert takes.thresholds is not None
@@ -223,12 +229,11 @@ class _Writer:
         table = plan.table.value.long()
         if plan.shift_add:
             table = torch.cat([plan.table.sign[:, None].long(), plan.table.shifts], dim=1).reshape(-1)
-        half = torch.bitwise_left_shift(torch.ones_like(plan.by.n), plan.by.n - 1)
         fields = {
             "packed": self._array("uint8_t", f"packed_{i}", pack(plan.codes, plan.bits)),
             "table": self._array("int16_t", f"table_{i}", table),
             "m": self._array("int32_t", f"m_{i}", plan.by.m),
-            "b": self._array("int64_t", f"b_{i}", plan.by.b + half),
+            "b": self._array("int64_t", f"b_{i}", plan.by.b + plan.by.half),
             "n": self._array("uint8_t", f"n_{i}", plan.by.n),
             "inputs": channels,
             "outputs": outputs,
@@ -256,8 +261,7 @@ class _Writer:
         settings, names = step.node.settings, ("kernel", "stride", "padding")
         fields = {f"{n}_{axis}": settings[n][k] for n in names for k, axis in enumerate("yx")}
         if step.by is not None:
-            m, n = int(step.by.m), int(step.by.n)
-            fields |= {"m": m, "half": f"INT64_C({1 << (n - 1)})", "n": n}
+            fields |= rounding_of(step.by)
         fields["largest"] = int(step.node.kind == "max")
         self.constants.append(f"static const Pool pool_{i} = {struct_of(fields)};")
         return f"pool_{i}"

@@ -1,57 +1,73 @@
 /* Layers run plane by plane: for one output channel the weights are unpacked and decoded once, then every tap adds its
-   shifted or multiplied plane of inputs to the accumulators, eight taps in one pass. Shifts of negative numbers are
-   arithmetic, as gcc and clang define them. */
+   plane of inputs to the sums, eight taps in one pass: multiplied, or, with shifters, all those of one place and sign
+   together, which are shifted once. Right shifts of negative numbers are arithmetic, as gcc and clang define them. */
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O3")
 #endif
 
-static int32_t acc[LQ_ACC];
-static int32_t offsets[2][LQ_TAPS]; /* taps that are added, and with shifters those that are subtracted */
-static int16_t factors[2][LQ_TAPS]; /* weights, or places of a shifter */
+static uint32_t acc[LQ_ACC]; /* unsigned: what is never looked at may wrap around */
+static int32_t line[LQ_LINE]; /* a row of results */
+static int32_t offsets[LQ_TAPS];
+static int16_t factors[LQ_TAPS];       /* weights; with shifters what the table says of each code */
+static int32_t starts[LQ_GROUPS + 1];     /* with shifters, where the taps of each group begin */
 
-#define PASS(TYPE, SUM, OP, SIGN)                                                                                  \
+/* Sixteen results at a time; those behind the last are computed from whatever lies there, and never looked at. */
+#define BLOCKS                                                                                                     \
+    for (j = 0; j < n; j += 16)                                                                                    \
+        for (k = j; k < j + 16; k++)
+
+#define EIGHT(TYPE)                                                                                                \
+    const TYPE *p0 = x + o[i], *p1 = x + o[i + 1], *p2 = x + o[i + 2], *p3 = x + o[i + 3];                         \
+    const TYPE *p4 = x + o[i + 4], *p5 = x + o[i + 5], *p6 = x + o[i + 6], *p7 = x + o[i + 7];
+
+#define PRODUCTS(TYPE, SUM)                                                                                        \
     for (; i + 8 <= count; i += 8) {                                                                               \
-        const TYPE *p0 = x + o[i], *p1 = x + o[i + 1], *p2 = x + o[i + 2], *p3 = x + o[i + 3];                     \
-        const TYPE *p4 = x + o[i + 4], *p5 = x + o[i + 5], *p6 = x + o[i + 6], *p7 = x + o[i + 7];                 \
+        EIGHT(TYPE)                                                                                                \
         const int f0 = f[i], f1 = f[i + 1], f2 = f[i + 2], f3 = f[i + 3];                                          \
         const int f4 = f[i + 4], f5 = f[i + 5], f6 = f[i + 6], f7 = f[i + 7];                                      \
-        for (j = 0; j < n; j++)                                                                                    \
-            acc[j] SIGN (SUM)((p0[j] OP f0) + (p1[j] OP f1) + (p2[j] OP f2) + (p3[j] OP f3) + (p4[j] OP f4) +      \
-                              (p5[j] OP f5) + (p6[j] OP f6) + (p7[j] OP f7));                                      \
+        BLOCKS sums[k] += (uint32_t)(SUM)(                                                                         \
+            (uint32_t)(p0[k] * f0) + (uint32_t)(p1[k] * f1) + (uint32_t)(p2[k] * f2) + (uint32_t)(p3[k] * f3) +    \
+            (uint32_t)(p4[k] * f4) + (uint32_t)(p5[k] * f5) + (uint32_t)(p6[k] * f6) + (uint32_t)(p7[k] * f7));    \
     }                                                                                                              \
-    for (; i < count; i++)                                                                                         \
-        for (j = 0; j < n; j++) acc[j] SIGN (x[o[i] + j] OP f[i]);
-
-#define STRIDED(OP, SIGN)                                                                                          \
-    for (; i < count; i++)                                                                                         \
-        for (y = 0; y < l->out_height; y++)                                                                        \
-            for (j = 0; j < l->out_width; j++)                                                                     \
-                acc[y * l->out_width + j] SIGN (x[o[i] + y * l->stride_y * l->in_width + j * l->stride_x] OP f[i]);
-
-#define PLANES(NAME, TYPE)                                                                                         \
-    static void NAME(const Layer *l, const TYPE *x, int side, int count, int n) {                                  \
-        const int32_t *o = offsets[side];                                                                          \
-        const int16_t *f = factors[side];                                                                          \
-        int i = 0, j, y;                                                                                           \
-        if (l->stride_y != 1 || l->stride_x != 1) {                                                                \
-            if (!l->shifters) { STRIDED(*, +=) }                                                                   \
-            else if (side) { STRIDED(<<, -=) }                                                                     \
-            else { STRIDED(<<, +=) }                                                                               \
-        } else if (l->narrow) {                                                                                    \
-            if (!l->shifters) { PASS(TYPE, int16_t, *, +=) }                                                       \
-            else if (side) { PASS(TYPE, int16_t, <<, -=) }                                                         \
-            else { PASS(TYPE, int16_t, <<, +=) }                                                                   \
-        } else {                                                                                                   \
-            if (!l->shifters) { PASS(TYPE, int32_t, *, +=) }                                                       \
-            else if (side) { PASS(TYPE, int32_t, <<, -=) }                                                         \
-            else { PASS(TYPE, int32_t, <<, +=) }                                                                   \
-        }                                                                                                          \
+    for (; i < count; i++) {                                                                                       \
+        const TYPE *p = x + o[i];                                                                                  \
+        const int factor = f[i];                                                                                   \
+        BLOCKS sums[k] += (uint32_t)(p[k] * factor);                                                               \
     }
 
-PLANES(planes_int8, int8_t)
-PLANES(planes_uint8, uint8_t)
-PLANES(planes_int16, int16_t)
+#define SHIFTED(TYPE, SUM, SIGN)                                                                                   \
+    for (; i + 8 <= end; i += 8) {                                                                                 \
+        EIGHT(TYPE)                                                                                                \
+        BLOCKS sums[k] SIGN (uint32_t)(SUM)(p0[k] + p1[k] + p2[k] + p3[k] + p4[k] + p5[k] + p6[k] + p7[k]) << place;\
+    }                                                                                                              \
+    for (; i + 2 <= end; i += 2) {                                                                                 \
+        const TYPE *p0 = x + o[i], *p1 = x + o[i + 1];                                                             \
+        BLOCKS sums[k] SIGN (uint32_t)(SUM)(p0[k] + p1[k]) << place;                                               \
+    }                                                                                                              \
+    for (; i < end; i++) {                                                                                         \
+        const TYPE *p = x + o[i];                                                                                  \
+        BLOCKS sums[k] SIGN (uint32_t)p[k] << place;                                                               \
+    }
+
+#define PLANES(NAME, TYPE, SUM)                                                                                    \
+    static void NAME(const Layer *l, const TYPE *restrict x, uint32_t *restrict sums, int count, int n) {          \
+        const int32_t *o = offsets;                                                                                \
+        const int16_t *f = factors;                                                                                \
+        int i = 0, j, k;                                                                                           \
+        if (l->shifters)                                                                                           \
+            for (int group = 0; group < LQ_GROUPS; group++) {                                                         \
+                const int place = group >> 1, end = starts[group + 1];                                             \
+                if (group & 1) { SHIFTED(TYPE, SUM, -=) }                                                          \
+                else { SHIFTED(TYPE, SUM, +=) }                                                                    \
+            }                                                                                                      \
+        else if (l->narrow) { PRODUCTS(TYPE, int16_t) }                                                            \
+        else { PRODUCTS(TYPE, int32_t) }                                                                           \
+    }
+
+PLANES(planes_int8, int8_t, int16_t)
+PLANES(planes_uint8, uint8_t, int16_t)
+PLANES(planes_int16, int16_t, int32_t)
 
 static int code_at(const Layer *l, int32_t index) {
     int32_t bit = index * l->bits;
@@ -60,74 +76,119 @@ static int code_at(const Layer *l, int32_t index) {
     return (int)((both >> (bit & 7)) & ((1u << l->bits) - 1u));
 }
 
-static void tap(int side, int *count, int32_t offset, int factor) {
-    offsets[side][*count] = offset;
-    factors[side][*count] = (int16_t)factor;
-    ++*count;
+/* Offsets and weights of the taps of a channel that are not zero; the number of them. */
+static int decode(const Layer *l, int32_t first, int32_t channel) {
+    const int32_t depth = l->inputs / l->groups, plane = l->in_height * l->in_width;
+    int count = 0;
+    for (int32_t c = 0; c < depth; c++)
+        for (int32_t y = 0; y < l->kernel_y; y++) {
+            int32_t offset = (channel + c) * plane + y * l->dilation_y * l->in_width;
+            for (int32_t x = 0; x < l->kernel_x; x++, offset += l->dilation_x) {
+                offsets[count] = offset; /* written over by the next one where the weight is zero */
+                factors[count] = l->table[code_at(l, first++)];
+                count += factors[count] != 0;
+            }
+        }
+    return count;
 }
 
-static void decode(const Layer *l, int32_t first, int32_t channel, int counts[2]) {
+/* The same for shifters: taps sorted by place and sign. */
+static void decode_shifts(const Layer *l, int32_t first, int32_t channel) {
     const int32_t depth = l->inputs / l->groups, plane = l->in_height * l->in_width;
-    counts[0] = counts[1] = 0;
-    for (int32_t c = 0; c < depth; c++)
-        for (int32_t y = 0; y < l->kernel_y; y++)
-            for (int32_t x = 0; x < l->kernel_x; x++) {
-                const int32_t offset = (channel + c) * plane + y * l->dilation_y * l->in_width + x * l->dilation_x;
-                const int16_t *entry = l->table + code_at(l, first++) * (l->shifters + 1);
-                if (!l->shifters && entry[0]) tap(0, &counts[0], offset, entry[0]);
-                for (int s = 1; s <= l->shifters; s++)
-                    if (entry[s] >= 0) tap(entry[0] < 0, &counts[entry[0] < 0], offset, entry[s]);
-            }
+    const int32_t size = depth * l->kernel_y * l->kernel_x;
+    int32_t at[LQ_GROUPS] = {0};
+    for (int32_t i = 0; i < size; i++) {
+        const int16_t *entry = l->table + code_at(l, first + i) * (l->shifters + 1);
+        factors[i] = (int16_t)(entry - l->table);
+        for (int s = 1; s <= l->shifters; s++)
+            if (entry[s] >= 0) at[2 * entry[s] + (entry[0] < 0)]++;
+    }
+    starts[0] = 0;
+    for (int g = 0; g < LQ_GROUPS; g++) {
+        starts[g + 1] = starts[g] + at[g];
+        at[g] = starts[g];
+    }
+    for (int32_t i = 0; i < size; i++) {
+        const int16_t *entry = l->table + factors[i];
+        const int32_t x = i % l->kernel_x, y = i / l->kernel_x % l->kernel_y, c = i / l->kernel_x / l->kernel_y;
+        const int32_t offset = (channel + c) * plane + y * l->dilation_y * l->in_width + x * l->dilation_x;
+        for (int s = 1; s <= l->shifters; s++)
+            if (entry[s] >= 0) offsets[at[2 * entry[s] + (entry[0] < 0)]++] = offset;
+    }
 }
 
 static int32_t rounded(int32_t v, int places) {
     return places ? (int32_t)(((int64_t)v + ((int64_t)1 << (places - 1))) >> places) : v;
 }
 
-static void to_codes(const Codes *to, int32_t at, int32_t v) {
-    int32_t code = 0;
-    if (to->thresholds) {
-        while (code < to->count && v >= to->thresholds[code]) code++;
-        code = to->points[code];
-    } else {
-        const int64_t q = ((int64_t)v * to->m + to->half) >> to->n;
-        code = (int32_t)(q < to->lo ? to->lo : q > to->hi ? to->hi : q);
+#define TO_CODES(TYPE)                                                                                             \
+    for (i = 0; i < n; i++) {                                                                                      \
+        const int64_t q = (v[i] * (int64_t)to->m + to->half) >> to->n;                                             \
+        ((TYPE *)to->to)[at + i] = (TYPE)(q < to->lo ? to->lo : q > to->hi ? to->hi : q);                          \
     }
-    if (to->type == 0) ((int8_t *)to->to)[at] = (int8_t)code;
-    else if (to->type == 1) ((uint8_t *)to->to)[at] = (uint8_t)code;
-    else ((int16_t *)to->to)[at] = (int16_t)code;
+
+static void to_codes(const Codes *to, int32_t at, const int32_t *v, int32_t n) {
+    int32_t i;
+    if (to->thresholds) {
+        for (i = 0; i < n; i++) {
+            int32_t code = 0;
+            while (code < to->count && v[i] >= to->thresholds[code]) code++;
+            if (to->type == 0) ((int8_t *)to->to)[at + i] = (int8_t)to->points[code];
+            else if (to->type == 1) ((uint8_t *)to->to)[at + i] = (uint8_t)to->points[code];
+            else ((int16_t *)to->to)[at + i] = to->points[code];
+        }
+    } else if (to->type == 0) TO_CODES(int8_t)
+    else if (to->type == 1) TO_CODES(uint8_t)
+    else TO_CODES(int16_t)
 }
 
-static void put(const Out *out, int32_t c, int32_t y, int32_t x, int32_t v) {
-    const int32_t at = c * out->plane + y * out->row + x;
-    if (out->relu_before && v < 0) v = 0;
-    if (out->other) v = rounded(v, out->shift) + rounded(out->other[at], out->shift_other);
-    if (out->relu && v < 0) v = 0;
-    if (out->cap && v > out->cap[out->caps == 1 ? 0 : c]) v = out->cap[out->caps == 1 ? 0 : c];
-    if (out->wide) out->wide[at] = v;
-    for (int i = 0; i < out->layers; i++) {
+/* What is done to a row of results, and who gets it. */
+static void put(const Out *out, int32_t c, int32_t y, int32_t *v, int32_t n) {
+    const int32_t at = c * out->plane + y * out->row;
+    int32_t i;
+    if (out->relu_before)
+        for (i = 0; i < n; i++) v[i] = v[i] < 0 ? 0 : v[i];
+    if (out->other)
+        for (i = 0; i < n; i++) v[i] = rounded(v[i], out->shift) + rounded(out->other[at + i], out->shift_other);
+    if (out->relu)
+        for (i = 0; i < n; i++) v[i] = v[i] < 0 ? 0 : v[i];
+    if (out->cap) {
+        const int32_t cap = out->cap[out->caps == 1 ? 0 : c];
+        for (i = 0; i < n; i++) v[i] = v[i] > cap ? cap : v[i];
+    }
+    if (out->wide) memcpy(out->wide + at, v, (size_t)n * sizeof *v);
+    for (i = 0; i < out->layers; i++) {
         const Codes *to = out->codes + i;
-        to_codes(to, to->start + c * to->plane + y * to->row + x, v);
+        to_codes(to, to->start + c * to->plane + y * to->row, v, n);
     }
 }
 
 static void run_layer(const Layer *l, const void *x, const Out *out) {
+    /* without strides a plane is one long row, with them every row of results is one pass that skips columns after */
     const int strided = l->stride_y != 1 || l->stride_x != 1;
-    const int32_t row = strided ? l->out_width : l->in_width;
-    const int32_t n = (l->out_height - 1) * row + l->out_width;
+    const int32_t rows = strided ? l->out_height : 1;
+    const int32_t n = (strided ? 0 : (l->out_height - 1) * l->in_width) + (l->out_width - 1) * l->stride_x + 1;
     const int32_t depth = l->inputs / l->groups, size = depth * l->kernel_y * l->kernel_x;
     for (int32_t c = 0; c < l->outputs; c++) {
-        int counts[2];
-        decode(l, c * size, c / (l->outputs / l->groups) * depth, counts);
-        memset(acc, 0, (size_t)n * sizeof *acc);
-        for (int side = 0; side < 2; side++) {
-            if (l->type == 0) planes_int8(l, (const int8_t *)x, side, counts[side], n);
-            else if (l->type == 1) planes_uint8(l, (const uint8_t *)x, side, counts[side], n);
-            else planes_int16(l, (const int16_t *)x, side, counts[side], n);
+        const int64_t m = l->m[c], b = l->b[c];
+        const int places = l->n[c];
+        const int32_t channel = c / (l->outputs / l->groups) * depth;
+        int count = 0;
+        if (l->shifters) decode_shifts(l, c * size, channel);
+        else count = decode(l, c * size, channel);
+        for (int32_t r = 0; r < rows; r++) {
+            const int32_t start = r * l->stride_y * l->in_width;
+            memset(acc, 0, (size_t)n * sizeof *acc);
+            if (l->type == 0) planes_int8(l, (const int8_t *)x + start, acc, count, n);
+            else if (l->type == 1) planes_uint8(l, (const uint8_t *)x + start, acc, count, n);
+            else planes_int16(l, (const int16_t *)x + start, acc, count, n);
+            for (int32_t y = r; y < (strided ? r + 1 : l->out_height); y++) {
+                const uint32_t *sums = acc + (y - r) * l->in_width;
+                for (int32_t i = 0; i < l->out_width; i++)
+                    line[i] = (int32_t)(((int32_t)sums[i * l->stride_x] * m + b) >> places);
+                put(out, c, y, line, l->out_width);
+            }
         }
-        for (int32_t y = 0; y < l->out_height; y++)
-            for (int32_t i = 0; i < l->out_width; i++)
-                put(out, c, y, i, (int32_t)((acc[y * row + i] * (int64_t)l->m[c] + l->b[c]) >> l->n[c]));
     }
 }
 
@@ -136,12 +197,11 @@ static void run_layer(const Layer *l, const void *x, const Out *out) {
 static void run_copy(const int32_t *x, const Out *out, const int32_t shape[3], const int32_t from[3], int32_t stride_y,
                      int32_t stride_x, int32_t before) {
     for (int32_t c = 0; c < shape[0]; c++)
-        for (int32_t y = 0; y < shape[1]; y++)
-            for (int32_t i = 0; i < shape[2]; i++) {
-                const int32_t k = c - before;
-                const int32_t at = (k * from[1] + y * stride_y) * from[2] + i * stride_x;
-                put(out, c, y, i, k < 0 || k >= from[0] ? 0 : x[at]);
-            }
+        for (int32_t y = 0; y < shape[1]; y++) {
+            const int32_t k = c - before, at = (k * from[1] + y * stride_y) * from[2];
+            for (int32_t i = 0; i < shape[2]; i++) line[i] = k < 0 || k >= from[0] ? 0 : x[at + i * stride_x];
+            put(out, c, y, line, shape[2]);
+        }
 }
 
 #endif
@@ -155,7 +215,7 @@ typedef struct {
 
 static void run_pool(const int32_t *x, const Out *out, const int32_t shape[3], const int32_t from[3], const Pool *p) {
     for (int32_t c = 0; c < shape[0]; c++)
-        for (int32_t y = 0; y < shape[1]; y++)
+        for (int32_t y = 0; y < shape[1]; y++) {
             for (int32_t i = 0; i < shape[2]; i++) {
                 int64_t sum = 0;
                 int32_t most = -INT32_MAX;
@@ -167,7 +227,9 @@ static void run_pool(const int32_t *x, const Out *out, const int32_t shape[3], c
                         sum += v;
                         if (v > most) most = v;
                     }
-                put(out, c, y, i, p->largest ? most : (int32_t)((sum * p->m + p->half) >> p->n));
+                line[i] = p->largest ? most : (int32_t)((sum * p->m + p->half) >> p->n);
             }
+            put(out, c, y, line, shape[2]);
+        }
 }
 #endif

@@ -6,20 +6,26 @@ from typing import Any
 
 from lq.exporting.graph import UnsupportedError
 from lq.exporting.lower import LayerPlan, Step
+from lq.functional.fixed_point import Multiplier
 
 __all__ = [
+    "BLOCK",
     "TYPES",
     "CSource",
     "accumulators_of",
     "image_shape",
     "is_narrow",
     "plan_of",
+    "rounding_of",
     "struct_of",
     "taps_of",
     "text_of",
     "type_of",
+    "work_bytes",
 ]
 
+BLOCK = 16  # accumulators that the C code computes at a time
+GROUPS = 64  # of taps: a place of a shifter and a sign
 TYPES = (("int8_t", 1, -128, 127), ("uint8_t", 1, 0, 255), ("int16_t", 2, -32768, 32767))
 
 
@@ -77,10 +83,23 @@ def accumulators_of(step: Step) -> int:
     """Accumulators of one output channel, those between the rows of a frame included."""
     plan = plan_of(step)
     _, height, width = image_shape(step.node.shape)
-    if plan.conv["stride"] != (1, 1):
-        return height * width
-    reach = plan.conv["dilation"][1] * (plan.codes.shape[3] - 1)  # a row of the frame is that much longer
-    return (height - 1) * (width + reach) + width
+    stride = plan.conv["stride"]
+    if stride != (1, 1):  # one row of results, and the columns between them
+        count = (width - 1) * stride[1] + 1
+    else:
+        reach = plan.conv["dilation"][1] * (plan.codes.shape[3] - 1)  # a row of the frame is that much longer
+        count = (height - 1) * (width + reach) + width
+    return -(-count // BLOCK) * BLOCK
+
+
+def work_bytes(accumulators: int, line: int, taps: int) -> int:
+    """RAM beside the buffers: sums, a row of results, taps with their factors, and where each group of them begins."""
+    return 4 * (accumulators + line) + (4 + 2) * taps + 4 * (GROUPS + 1)
+
+
+def rounding_of(by: Multiplier) -> dict[str, Any]:
+    """Fields of a multiplier that adds nothing."""
+    return {"m": int(by.m), "half": f"INT64_C({int(by.half)})", "n": int(by.n)}
 
 
 def struct_of(fields: dict[str, Any]) -> str:
