@@ -45,6 +45,9 @@ class ExportConfig:
     accumulator_bits: int = doc("width of integer accumulators that must never overflow (c).", 32)
     overflow: str = doc('where they could: "refuse", or "repair" by larger scales.', "refuse")
     shift_only: bool = doc("requantize by shifts alone, which rounds factors to powers of two (c).", False)
+    integers: bool | None = doc(
+        "whether runtimes may compute in integers and round biases; null: at 8 bits (onnx).", None
+    )
     fold_points: bool = doc("write weights of points as constants instead of codes and a table (onnx).", False)
 
 
@@ -92,7 +95,7 @@ def export(arguments: Sequence[str]) -> None:
     if config.target == "onnx":
         from lq.exporting.onnx import write_onnx
 
-        write_onnx(network, config.out, shape, fold_points=config.fold_points)
+        write_onnx(network, config.out, shape, fold_points=config.fold_points, integers=config.integers)
         print(f"{config.out}: {Path(config.out).stat().st_size:,} bytes")
         return
     _export_c(network, shape, config)

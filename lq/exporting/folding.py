@@ -34,25 +34,6 @@ def affine(layer: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     return gain, (shift - mean) * gain + added
 
 
-class Shift(nn.Module):
-    """Adds a number to each channel.
-
-    Args:
-        shift: shape ``(C,)``.
-    """
-
-    shift: Tensor
-
-    def __init__(self, shift: Tensor) -> None:
-        """Keep it as a buffer."""
-        super().__init__()
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The sum, channels on axis 1."""
-        return x + self.shift.reshape(-1, *[1] * (x.dim() - 2))
-
-
 def _plain(layer: QuantLayer) -> bool:
     """Whether a class only pads its input or computes its weight around the operator, output channels first."""
     kind = layer.float_class
@@ -62,8 +43,7 @@ def _plain(layer: QuantLayer) -> bool:
 def fold_away(model: nn.Module) -> dict[str, Tensor]:
     """Remove the batch norms that follow quantized layers, in place.
 
-    Their shift becomes the layer's bias where that is exact. Runtimes round biases to the step of the accumulator; for
-    inputs of fewer than 8 bits that step is coarse, and the shift stays an addition of its own.
+    Their shift becomes the layer's bias.
 
     Args:
         model: in evaluation mode.
@@ -80,13 +60,7 @@ def fold_away(model: nn.Module) -> dict[str, Tensor]:
         if getattr(norm, "running_mean", None) is None:
             continue
         gains[path], shift = affine(layer, norm)
-        shift = shift.to(cast(Tensor, layer.weight)).expand(len(gains[path])).clone()
-        after = [getattr(norm, "act", nn.Identity())]
-        if layer.input_quantizer is not None and layer.input_quantizer.quantizer.codes.bits < 8:
-            layer.register_parameter("bias", None)
-            after = [Shift(shift), *after]
-        else:
-            layer.bias = nn.Parameter(shift)
+        layer.bias = nn.Parameter(shift.to(cast(Tensor, layer.weight)).expand(len(gains[path])).clone())
         parent, _, name = chain.norm.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.Sequential(*after))
+        setattr(model.get_submodule(parent), name, getattr(norm, "act", nn.Identity()))
     return gains

@@ -7,7 +7,7 @@ upwards. A tie goes to the point of larger magnitude (signed: the larger point).
 import torch
 from torch import Tensor
 
-__all__ = ["decode_points", "encode_points", "nearest_point", "signed_levels"]
+__all__ = ["code_table", "decode_points", "encode_points", "nearest_point", "signed_levels"]
 
 _FEW = 16  # up to so many thresholds are counted, which vectorises; more are searched
 
@@ -77,17 +77,29 @@ def decode_points(codes: Tensor, points: Tensor, scale: Tensor, *, bits: int, si
     >>> decode_points(torch.tensor([[3, 0]]), torch.tensor([0.5, 1.0]), torch.ones(1), bits=2, signed=False)
     tensor([[-1.0000,  0.5000]])
     """
-    codes = codes.long()
-    table = points.to(scale.dtype)
-    if not signed:
-        room = 2 ** (bits - 1) - table.shape[-1]
-        table = torch.nn.functional.pad(table, (0, room))
-        table = torch.cat([table, -table], dim=-1)
-    if table.dim() == 1:
-        values = table[codes]
-    else:
-        values = table.gather(1, codes)
+    codes, table = codes.long(), code_table(points.to(scale.dtype), bits=bits, signed=signed)
+    values = table[codes] if table.dim() == 1 else table.gather(1, codes)
     return values * scale.reshape(-1, 1)
+
+
+def code_table(points: Tensor, *, bits: int, signed: bool) -> Tensor:
+    """Level of each code, in units of the scale.
+
+    Args:
+        points: ascending, shape ``(K,)`` or ``(C, K)``; magnitudes unless ``signed``.
+        bits: width b of a code.
+        signed: whether the points carry their sign.
+
+    Returns:
+        Shape ``(K,)``, or ``(2^b,)`` for magnitudes, unused ones 0; a row for each row of points.
+
+    >>> code_table(torch.tensor([0.5, 1.0, 2.0]), bits=3, signed=False)
+    tensor([ 0.5000,  1.0000,  2.0000,  0.0000, -0.5000, -1.0000, -2.0000, -0.0000])
+    """
+    if signed:
+        return points
+    table = torch.nn.functional.pad(points, (0, 2 ** (bits - 1) - points.shape[-1]))
+    return torch.cat([table, -table], dim=-1)
 
 
 def signed_levels(points: Tensor, *, signed: bool) -> Tensor:

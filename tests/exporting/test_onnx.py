@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 
 import lq
 from lq.exporting.onnx import write_onnx
+from lq.exporting.onnx_weights import stored_weight
 from lq.models import create_model
 from tests.exporting.test_integer import SHAPE
 from tests.helpers.modules import SmallResidual
@@ -19,6 +21,8 @@ pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.filterwarnings("ignore")
 SPECS = {
     "8 bits per channel": ({"bits": 8, "granularity": "channel"}, {"INT8"}),
+    "4 bits": ({"bits": 4, "granularity": "channel"}, {"INT4", "INT8"}),
+    "mid-rise of 4 bits": ({"bits": 4, "grid": "mid_rise"}, {"UINT4"}),
     "weights of 3 bits alone": ({"bits": 3, "activation": None, "granularity": "channel"}, {"INT4", "INT8"}),
     "mid-rise": ({"bits": 2, "grid": "mid_rise", "activation": None}, {"INT4"}),
     "subset": ({"bits": 4, "quantizer": "subset", "granularity": "channel"}, {"UINT4", "INT8"}),
@@ -75,6 +79,76 @@ def test_points_can_be_constants_and_transformers_export(tmp_path):
     x = torch.randn(2, *size)
     with torch.no_grad():
         np.testing.assert_allclose(session(path).run(None, {"input": x.numpy()})[0], vit(x).numpy(), atol=2e-2)
+
+
+class Chain(nn.Module):
+    """Convolutions between quantized inputs alone: caps, a channel whose norm has gain 0, groups, a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.cap = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8), nn.ReLU6()
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.last = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        return self.last(self.up(self.cap(self.depthwise(x))).relu()).mean((2, 3))
+
+
+def operators(path, folder):
+    """Kinds of the nodes that the runtime runs."""
+    options = runtime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(folder / "optimized.onnx")
+    runtime.InferenceSession(path, options)
+    return [node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node]
+
+
+@pytest.mark.parametrize(
+    ("spec", "integers", "fused"),
+    [
+        ({"bits": 8}, None, 2),
+        ({"bits": 4}, None, 0),
+        ({"bits": 4}, True, 2),
+        ({"bits": 4, "grid": "mid_rise"}, True, 2),
+        ({"bits": 4, "quantizer": "subset"}, True, 2),
+        ({"bits": 4, "quantizer": "codebook"}, True, 0),
+    ],
+)
+def test_runtimes_compute_in_integers_where_they_may(tmp_path, spec, integers, fused):
+    model = quantized(Chain(), SHAPE, first_last_bits=None, **spec)
+    model.norm.weight.data[2], model.norm.bias.data[2] = 0, 0.7
+    path = write_onnx(model, tmp_path / "net.onnx", SHAPE, integers=integers)
+    found = operators(path, tmp_path)
+    assert found.count("QLinearConv") == fused, found
+    assert "Relu" not in found
+    x = torch.randn(16, *SHAPE)
+    with torch.no_grad():
+        error = np.abs(session(path).run(None, {"input": x.numpy()})[0] - model(x).numpy())
+    assert np.median(error) < 2e-3 * float(model(x).detach().abs().max())
+    assert error.max() < 0.02 * float(model(x).detach().abs().max())
+
+
+def test_integers_of_8_bits_stand_for_the_same_weights():
+    model = quantized(Chain(), SHAPE, bits=4, granularity="channel")
+    layer = model.depthwise
+    gain = torch.tensor([1.0, -0.3, 0.0, 2.0, 1e-12, 0.5, -1.0, 3.0]).double()
+    stored = stored_weight(layer, gain, fold_points=False, integers=True)
+    whole = stored.codes.float() * stored.factor.reshape(-1, 1, 1, 1)
+    assert int(whole.abs().max()) <= 127
+    assert torch.equal(whole, whole.round())
+    assert bool((stored.integer_scale > 0).all())
+    expected = layer.quantized_weight().double() * gain.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(
+        whole.double() * stored.integer_scale.double().reshape(-1, 1, 1, 1), expected, atol=1e-9, rtol=1e-6
+    )
+    plain = dataclasses.replace(stored, factor=torch.ones(8), integer_scale=stored.scale.abs())
+
+    def missed(s):
+        steps = layer.bias.double() / (s.integer_scale.double() * layer.input_quantizer.quantizer.scale.double())
+        return ((steps - steps.round()) * s.integer_scale.double()).abs()[gain.abs() > 1e-6]
+
+    assert float(missed(stored).mean()) < 0.1 * float(missed(plain).mean())
 
 
 class Unexportable(nn.Module):

@@ -1,0 +1,180 @@
+"""What is left to do on an exported graph: weights in the form that runtimes compute fastest, and a small file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from lq.exporting.onnx_weights import StoredWeight
+
+__all__ = ["finish"]
+
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+def finish(proto: onnx.ModelProto, weights: Mapping[str, StoredWeight]) -> onnx.ModelProto:
+    """Give every weight its form, and drop what no one needs.
+
+    Args:
+        proto: as exported, with weights of codes behind DequantizeLinear.
+        weights: what the initializer of each name holds.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RuntimeError: where the exporter did not keep the codes.
+    """
+    graph = _Graph(proto)
+    for node in list(graph.nodes):
+        if node.op_type == "QuantizeLinear":
+            graph.drop_relu(node)
+    for node in list(graph.nodes):
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights:
+            graph.place(node, weights[node.input[0]])
+    missing = {name for name, stored in weights.items() if stored.has_codes} - graph.constants.keys()
+    if missing:
+        raise RuntimeError(f"the exporter dropped the codes of {sorted(missing)}")
+    return graph.written()
+
+
+class _Graph:
+    """Nodes by what they give and by who takes it."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self.proto = proto
+        self.nodes, self.early = list(proto.graph.node), list[NodeProto]()
+        self.constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self.makers = {name: node for node in self.nodes for name in node.output}
+        for node in self.nodes:  # constants need no example of their type, which would seem to have one more user
+            value = self._array(node.input[0]) if node.op_type == "CastLike" else None
+            if value is not None and value.dtype.kind == "f":
+                node.CopyFrom(helper.make_node("Cast", node.input[:1], list(node.output), to=TensorProto.FLOAT))
+        self.outputs = {info.name for info in proto.graph.output}
+
+    def users(self, name: str) -> list[NodeProto]:
+        """Nodes that take a value."""
+        return [node for node in self.nodes if name in node.input]
+
+    def drop_relu(self, node: NodeProto) -> None:
+        """A ReLU or a cap before codes that end there themselves changes nothing, and keeps runtimes from fusing."""
+        maker, ends = self.makers.get(node.input[0]), self._code_range(node)
+        if maker is None or ends is None or maker.output[0] in self.outputs:
+            return
+        cap = float("inf")
+        if maker.op_type == "Clip" and len(maker.input) == 3:
+            if self._number(maker.input[1]) != 0:
+                return
+            cap = self._number(maker.input[2]) or 0.0
+        elif maker.op_type != "Relu":
+            return
+        scale = self._number(node.input[1])
+        unchanged = scale is not None and ends[0] == 0 and cap >= ends[1] * scale * (1 - 1e-6)
+        users = self.users(maker.output[0])
+        if unchanged and all(user.op_type == "QuantizeLinear" for user in users):
+            node.input[0] = maker.input[0]
+            if users == [node]:
+                self.nodes.remove(maker)
+
+    def place(self, node: NodeProto, stored: StoredWeight) -> None:
+        """Write a weight as the layers that take it need it: as integers, or as what a constant folds to in float."""
+        users, (codes, scale) = self.users(node.output[0]), node.input[:2]
+        array = stored.codes.numpy()
+        if stored.narrow:
+            array = array.astype(ml_dtypes.uint4 if array.dtype == np.uint8 else ml_dtypes.int4)
+        self.constants[codes] = numpy_helper.from_array(array, codes)
+        if stored.table is None and not all(user.op_type in _CONVOLUTIONS for user in users):
+            return  # a linear layer's
+        shape = [1] * stored.codes.dim()
+        shape[stored.axis] = -1
+        result = node.output[0]
+        if stored.table is None:
+            levels = self._node("Cast", [codes], result, to=TensorProto.FLOAT)
+        else:
+            index = self._node("Cast", [codes], result, to=TensorProto.INT32)
+            levels = self._node("Gather", [self._constant(f"{codes}.table", stored.table), index], result, axis=0)
+        whole = all(self._between_codes(user, ("QuantizeLinear",)) for user in users)
+        if stored.factor is None or stored.integer_scale is None or not whole:
+            by = stored.scale.reshape(shape) if stored.scale.dim() else stored.scale
+            node.CopyFrom(helper.make_node("Mul", [levels, self._constant(f"{scale}.rows", by)], [result]))
+            for user in users:
+                if self._between_codes(user, ("QuantizeLinear", "Relu", "Clip")):
+                    self._separate_bias(user)
+            return
+        factor = self._constant(f"{codes}.factor", stored.factor.reshape(shape))
+        node.input[0] = self._node("Cast", [self._node("Mul", [levels, factor], result)], result, to=TensorProto.INT8)
+        node.input[1] = self._constant(f"{scale}.integer", stored.integer_scale)
+
+    def written(self) -> onnx.ModelProto:
+        """The model with what its outputs follow from, without notes on where each came from: those are long."""
+        needed, kept = set(self.outputs), []
+        for node in reversed([*self.early, *self.nodes]):
+            if needed & set(node.output):
+                needed |= set(node.input)
+                del node.metadata_props[:]
+                node.ClearField("doc_string")
+                node.ClearField("name")
+                kept.append(node)
+        graph = self.proto.graph
+        for field in (graph.node, graph.initializer, graph.value_info):
+            del field[:]
+        graph.node.extend(reversed(kept))
+        graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in needed)
+        return self.proto
+
+    def _separate_bias(self, node: NodeProto) -> None:
+        """Take the bias out of a convolution between codes, whose weights and bias runtimes would quantize anew."""
+        (result,) = node.output
+        bias = self._array(node.input[2]) if len(node.input) > 2 else None
+        values = torch.zeros(1) if bias is None else -torch.from_numpy(bias.copy())
+        negative = self._constant(f"{result}.negative_bias", values.reshape(-1, 1, 1))
+        del node.input[2:]
+        node.output[0] = f"{result}.sums"
+        self.makers[node.output[0]] = node
+        position = self.nodes.index(node) + 1  # an addition would be fused back
+        self.nodes.insert(position, helper.make_node("Sub", [node.output[0], negative], [result]))
+
+    def _between_codes(self, node: NodeProto, after: tuple[str, ...]) -> bool:
+        """Whether a convolution takes codes and one of these operators alone takes its result."""
+        before, users = self.makers.get(node.input[0]), self.users(node.output[0])
+        codes = before is not None and before.op_type == "DequantizeLinear"
+        return codes and len(users) == 1 and users[0].op_type in after and node.output[0] not in self.outputs
+
+    def _code_range(self, node: NodeProto) -> tuple[float, float] | None:
+        """Smallest and largest code that leaves a QuantizeLinear with a zero point of 0, and the Clip behind it."""
+        zero = self._array(node.input[2]) if len(node.input) > 2 else None
+        if zero is None or zero.any():
+            return None
+        users = self.users(node.output[0])
+        if len(users) == 1 and users[0].op_type == "Clip":
+            low, high = (self._number(name) for name in users[0].input[1:3])
+            return None if low is None or high is None else (low, high)
+        return float(np.iinfo(zero.dtype).min), float(np.iinfo(zero.dtype).max)
+
+    def _array(self, name: str) -> np.ndarray | None:
+        maker = self.makers.get(name)
+        if maker is not None and maker.op_type == "Cast":
+            return self._array(maker.input[0])
+        if maker is not None and maker.op_type == "Constant":
+            value: Any = helper.get_attribute_value(maker.attribute[0])
+            return numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.asarray(value)
+        return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+
+    def _number(self, name: str) -> float | None:
+        array = self._array(name)
+        return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+    def _constant(self, name: str, values: Tensor) -> str:
+        self.constants[name] = numpy_helper.from_array(values.detach().float().numpy(), name)
+        return name
+
+    def _node(self, kind: str, inputs: list[str], result: str, **attributes: Any) -> str:
+        """A node that follows from constants alone, on the way to a result; the name of what it gives."""
+        name = f"{result}.{len(self.early)}"
+        self.early.append(helper.make_node(kind, inputs, [name], **attributes))
+        return name
