@@ -14,13 +14,11 @@ from lq.exporting.recognize import (
     is_drop_path,
     is_global_mean,
     pads_channels,
-    pair,
     passes_on,
-    relu_cap,
     slice_strides,
     window,
 )
-from lq.nn import LAYER_TYPES, ObserveOperator, QuantLayer
+from lq.nn import LAYER_TYPES, ObserveOperator, QuantLayer, relu_cap, same_padding, sizes
 from lq.point_search.graph import LayerTracer
 
 __all__ = ["Node", "UnsupportedError", "trace"]
@@ -96,6 +94,7 @@ class _Runner(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # of the graph: errors here name the layer
         self.nodes: list[Node] = []
         self.returned = ""
         self.same: dict[str, str] = {}  # steps that change nothing, and what they pass on
@@ -157,7 +156,7 @@ class _Runner(fx.Interpreter):
             raise UnsupportedError(f"{path}: {type(module).__name__} has no integer form here. {_HELP}")
         given = self.env[n.all_input_nodes[0]]
         sides = _padding(module, given, taken, padding, path)
-        conv = {"padding": sides, "stride": pair(stride), "dilation": pair(dilation), "groups": int(groups)}
+        conv = {"padding": sides, "stride": sizes(stride), "dilation": sizes(dilation), "groups": int(groups)}
         self._add(n, "layer", inputs, result, path, **conv)
 
     def _norm(self, n: fx.Node, module: nn.Module, inputs: tuple[str, ...], result: Tensor, path: str) -> None:
@@ -169,7 +168,7 @@ class _Runner(fx.Interpreter):
             last = self.nodes[-1]
             self.nodes[-1] = replace(last, name=f"{n.name}_norm")
             cap = relu_cap(act)
-            if cap is False:
+            if cap is None:
                 raise UnsupportedError(f"{path}: {type(act).__name__} has no integer form here. {_HELP}")
             self._add(n, "relu", (f"{n.name}_norm",), result, path, cap=cap)
 
@@ -178,12 +177,9 @@ class _Runner(fx.Interpreter):
     ) -> bool:
         if in_place(n, module) and len(n.all_input_nodes[0].users) > 1:
             raise UnsupportedError(f"{path}: it changes a tensor in place that is used elsewhere: set inplace=False")
-        functions = {torch.relu: None, F.relu: None, "relu": None, "relu_": None, F.relu6: 6.0}
-        if module is not None and relu_cap(module) is not False:
-            self._add(n, "relu", inputs, result, path, cap=relu_cap(module))
-        elif n.op != "call_module" and n.target in functions:
-            cap = functions[cast(Any, n.target)]
-            self._add(n, "relu", inputs, result, path, cap=None if cap is None else torch.tensor([cap]))
+        cap = relu_cap(module if n.op == "call_module" else n.target)
+        if cap is not None:
+            self._add(n, "relu", inputs, result, path, cap=cap)
         elif n.target in (operator.add, operator.iadd, torch.add, "add", "add_") and len(inputs) == 2:
             if n.kwargs.get("alpha", 1) != 1:
                 return False
@@ -209,10 +205,10 @@ class _Runner(fx.Interpreter):
             settings: dict[str, Any] = {"kernel": kernel, "stride": kernel, "padding": (0, 0)}
             self._add(n, "average", inputs, result.reshape(*result.shape[:2], 1, 1), path, **settings)
         elif isinstance(module, nn.AvgPool2d) and not module.ceil_mode and module.divisor_override is None:
-            if pair(module.padding) != (0, 0) and not module.count_include_pad:
+            if sizes(module.padding) != (0, 0) and not module.count_include_pad:
                 return False
             self._add(n, "average", inputs, result, path, **window(module))
-        elif isinstance(module, nn.MaxPool2d) and not module.ceil_mode and pair(module.dilation) == (1, 1):
+        elif isinstance(module, nn.MaxPool2d) and not module.ceil_mode and sizes(module.dilation) == (1, 1):
             self._add(n, "max", inputs, result, path, **window(module))
         elif isinstance(module, nn.Flatten) or n.target in (torch.flatten, "flatten", "view", "reshape", "squeeze"):
             if not isinstance(given, Tensor) or result.dim() != 2 or result.shape != given.flatten(1).shape:
@@ -267,9 +263,8 @@ def _padding(module: nn.Conv2d, given: Tensor, taken: Tensor, padding: Any, path
     if min(before) < 0 or not torch.equal(F.pad(inside, before), taken):
         raise UnsupportedError(f"{path}: {type(module).__name__} does more to its input than to pad it with zeros")
     if padding == "same":
-        total = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-        inner = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+        inner = same_padding(module.kernel_size, module.dilation)
     else:
-        rows, columns = (0, 0) if padding == "valid" else pair(padding)
+        rows, columns = (0, 0) if padding == "valid" else sizes(padding)
         inner = [columns, columns, rows, rows]
     return tuple(a + b for a, b in zip(before, inner, strict=True))

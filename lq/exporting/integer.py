@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lq.exporting.graph import UnsupportedError, trace
 from lq.exporting.lower import InputCodes, LayerPlan, Step, lower
 from lq.functional.fixed_point import requantize, rounding_shift, wrap
+from lq.functional.layout import positive
 from lq.functional.shift_add import integer_conv, shift_add_conv
+from lq.quantizers import PointQuantizer
 
 __all__ = ["IntegerNetwork"]
 
@@ -70,6 +72,14 @@ class IntegerNetwork(nn.Module):
     def layers(self) -> list[LayerPlan]:
         """Every layer, in the order they run."""
         return [step.layer for step in self.steps if step.layer is not None]
+
+    @property
+    def input_codes(self) -> dict[str, Any]:
+        """What an input looks like: shape, scale, smallest and largest code, and points where levels are not even."""
+        quantizer: Any = self._encoder.quantizer  # type: ignore[union-attr]
+        points = quantizer.points.tolist() if isinstance(quantizer, PointQuantizer) else None
+        scale, (lo, hi, _) = float(positive(quantizer.scale.detach())), quantizer.codes
+        return {"shape": list(self.shape), "scale": scale, "lo": lo, "hi": hi, "points": points}
 
     def encode(self, x: Tensor) -> Tensor:
         """Input codes of real inputs, the one step that is not integers.

@@ -133,7 +133,7 @@ def lower(model: nn.Module, nodes: list[Node], *, shift_only: bool = False) -> l
 
 
 def _simple(node: Node, exponent: int, shift_only: bool) -> Step:
-    if node.kind == "relu" and node.settings["cap"] is not None:
+    if node.kind == "relu" and bool(node.settings["cap"].isfinite().all()):
         cap = torch.round(torch.ldexp(node.settings["cap"].double().cpu(), torch.tensor(exponent))).long()
         return Step(node, exponent, cap=cap.clamp_max(2**31 - 1))
     if node.kind == "average":

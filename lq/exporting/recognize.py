@@ -7,16 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lq.nn import CappedReLU
+from lq.nn import sizes
 
 __all__ = [
     "in_place",
     "is_drop_path",
     "is_global_mean",
     "pads_channels",
-    "pair",
     "passes_on",
-    "relu_cap",
     "slice_strides",
     "window",
 ]
@@ -32,15 +30,6 @@ def in_place(n: fx.Node, module: nn.Module | None) -> bool:
     """Whether a step changes what it takes."""
     named = n.target in ("relu_", "add_", operator.iadd)
     return named or bool(getattr(module, "inplace", False)) or bool(n.kwargs.get("inplace", False))
-
-
-def relu_cap(module: nn.Module | None) -> Tensor | bool | None:
-    """Upper end of a ReLU: None for none; False for other modules."""
-    if isinstance(module, CappedReLU):
-        return module.cap
-    if isinstance(module, nn.ReLU6):
-        return torch.tensor([6.0])
-    return None if type(module) is nn.ReLU else False
 
 
 def is_drop_path(module: nn.Module | None) -> bool:
@@ -79,11 +68,4 @@ def pads_channels(n: fx.Node) -> bool:
 def window(module: nn.Module) -> dict[str, Any]:
     """Kernel, stride and padding of a pooling module."""
     layer = cast(Any, module)
-    return {"kernel": pair(layer.kernel_size), "stride": pair(layer.stride), "padding": pair(layer.padding)}
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """Two numbers from one or two."""
-    both = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    assert len(both) == 2
-    return int(both[0]), int(both[1])
+    return {"kernel": sizes(layer.kernel_size), "stride": sizes(layer.stride), "padding": sizes(layer.padding)}

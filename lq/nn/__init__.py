@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from lq.nn.capped import CappedReLU
+from lq.nn.capped import CappedReLU, relu_cap
+from lq.nn.geometry import same_padding, sizes
 from lq.nn.layers import (
     FixedWeight,
     QuantLayer,
@@ -28,6 +29,9 @@ __all__ = [
     "is_transposed",
     "named_quantized_layers",
     "operator_weight",
+    "relu_cap",
+    "same_padding",
+    "sizes",
     "to_float",
     "uses_own_weight",
     "weight_key",

@@ -4,17 +4,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from lq.calibration import BATCH_NORMS
-from lq.nn import LAYER_TYPES
+from lq.nn import LAYER_TYPES, CappedReLU, relu_cap
 
 __all__ = ["Chain", "LayerTracer", "trace_chains"]
 
-_RELUS = (nn.ReLU, nn.ReLU6)
-_RELU_CALLS = {torch.relu: nn.ReLU, F.relu: nn.ReLU, F.relu6: nn.ReLU6, "relu": nn.ReLU, "relu_": nn.ReLU}
 _PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -89,17 +85,19 @@ def _follow(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int]) -
         act = getattr(module, "act", None)  # timm's batch norms may hold their activation
         following = _only_user(following, modules)
         if act is not None and not isinstance(act, nn.Identity):
-            if not isinstance(act, _RELUS):
+            own = _cap(act)
+            if own is None:
                 return Chain(layer, norm)
             if sum(getattr(m, "act", None) is act for m in {id(m): m for m in modules.values()}.values()) > 1:
                 return Chain(layer, norm)
-            relu, cap = f"{norm}.act", _cap(type(act))
+            relu, cap = f"{norm}.act", own
     if relu is None and following is not None:
-        kind = _relu_kind(following, modules)
-        once = following.op != "call_module" or calls[id(modules[str(following.target)])] == 1
-        if kind is None or (kind is nn.ReLU6 and not once):
+        called = following.op != "call_module"
+        found = _cap(following.target if called else modules[str(following.target)])
+        once = called or calls[id(modules[str(following.target)])] == 1
+        if found is None or (found < cap and not once):
             return Chain(layer, norm)
-        relu, cap = (str(following.target) if following.op == "call_module" else ""), _cap(kind)
+        relu, cap = "" if called else str(following.target), found
         following = _only_user(following, modules)
     if following is None or relu is None or not _is(following, modules, LAYER_TYPES):
         return Chain(layer, norm, relu, cap)
@@ -117,12 +115,7 @@ def _only_user(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     return None
 
 
-def _relu_kind(node: fx.Node, modules: dict[str, nn.Module]) -> type[nn.Module] | None:
-    if node.op == "call_module":
-        kind = type(modules[str(node.target)])
-        return kind if kind in _RELUS else None
-    return _RELU_CALLS.get(node.target) if node.op in ("call_function", "call_method") else None  # type: ignore[arg-type]
-
-
-def _cap(kind: type[nn.Module]) -> float:
-    return 6.0 if kind is nn.ReLU6 else float("inf")
+def _cap(step: Any) -> float | None:
+    """Upper end of a ReLU that has one for all channels."""
+    cap = relu_cap(step)
+    return None if cap is None or isinstance(step, CappedReLU) else float(cap)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lq.calibration import default_forward
-from lq.nn import LAYER_TYPES, ObserveOperator, QuantLayer, SubstituteWeight, is_transposed
+from lq.nn import LAYER_TYPES, ObserveOperator, QuantLayer, SubstituteWeight, is_transposed, same_padding, sizes
 
 __all__ = ["Batches", "Forward", "StopForward", "fisher_importance", "hessians", "input_importance", "run", "watching"]
 
@@ -267,21 +267,11 @@ def input_patches(layer: nn.Module, x: Tensor) -> Tensor:
     kernel = tuple(weight.shape[2:])
     if len(kernel) == 1:
         source, kernel = source[:, :, None], (1, *kernel)
-        stride, dilation = (1, *_tuple(stride, 1)), (1, *_tuple(dilation, 1))
-        padding = padding if isinstance(padding, str) else (0, *_tuple(padding, 1))
-    dilation = _tuple(dilation, 2)
+        stride, dilation = (1, *sizes(stride, 1)), (1, *sizes(dilation, 1))
+        padding = padding if isinstance(padding, str) else (0, *sizes(padding, 1))
+    dilation = sizes(dilation, 2)
     if isinstance(padding, str):
-        source, padding = _pad_same(source, kernel, dilation) if padding == "same" else source, 0
+        source, padding = F.pad(source, same_padding(kernel, dilation)) if padding == "same" else source, 0
     columns = F.unfold(source, kernel, dilation=dilation, padding=padding, stride=stride)
     n, _, positions = columns.shape
     return columns.reshape(n, groups, -1, positions).permute(1, 0, 3, 2).reshape(groups, n * positions, -1)
-
-
-def _pad_same(x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """Zeros around the input so that the output has its size, the odd one at the end, as torch does it."""
-    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    return F.pad(x, [side for total in reversed(totals) for side in (total // 2, total - total // 2)])
-
-
-def _tuple(value: Any, length: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,) * length

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lq
-from lq.exporting.c import c_source, write_c
+from lq.exporting.c import CProgram, c_source, write_c
 from lq.exporting.c.memory import Buffer, place
 from lq.models import MobileNetV1, create_model
 from tests.exporting.test_integer import SHAPE, SPECS
@@ -27,6 +27,30 @@ def run_c(network, codes, folder, sanitize=False):
     (folder / "images.bin").write_bytes(codes.to(TYPES[source.input_type]).numpy().tobytes())
     done = subprocess.run([folder / "net", folder / "images.bin"], check=True, capture_output=True, text=True)
     return torch.tensor([[int(v) for v in line.split()] for line in done.stdout.splitlines()]), done.stderr, source
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_program_is_a_function_of_images(tmp_path, spec):
+    network = lq.IntegerNetwork(quantized(SmallResidual(), SHAPE, **SPECS[spec]), SHAPE)
+    write_c(network, tmp_path / "net.c")
+    program, x = CProgram(tmp_path / "net.c"), torch.randn(3, *SHAPE)
+    assert torch.equal(program.encode(x).int(), network.encode(x))
+    assert torch.equal(program(x), network(x))
+    assert program.shape == SHAPE
+    assert torch.equal(CProgram(program.program)(x), network(x))  # one that is compiled already
+
+
+def test_programs_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        CProgram(tmp_path / "none.c")
+    (tmp_path / "broken.c").write_text("int main(void) { return }")
+    with pytest.raises(ValueError, match="does not compile"):
+        CProgram(tmp_path / "broken.c")
+    (tmp_path / "other.c").write_text('#include <stdio.h>\nint main(void) { puts("{}"); return 0; }')
+    with pytest.raises(ValueError, match="made by lq export target=c"):
+        CProgram(tmp_path / "other.c")
+    with pytest.raises(FileNotFoundError, match="install a C compiler"):
+        CProgram(tmp_path / "other.c", compiler="no-such-compiler")
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -1,11 +1,12 @@
 """Write an integer network as C: constants, one call per unit, and a fixed place for every buffer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lq.exporting.c.constants import Constants
 from lq.exporting.c.memory import Buffer, place
 from lq.exporting.c.sizes import (
     BLOCK,
@@ -24,7 +25,6 @@ from lq.exporting.c.sizes import (
     work_bytes,
 )
 from lq.exporting.c.units import Unit, join
-from lq.exporting.graph import UnsupportedError
 from lq.exporting.integer import IntegerNetwork
 from lq.exporting.lower import Step
 from lq.files import write_whole
@@ -68,9 +68,8 @@ class _Writer:
         self.network, self.first = network, network.steps[0].node
         self.shapes = {step.node.name: image_shape(step.node.shape) for step in network.steps}
         self.units = join(network.steps)
-        self.constants: list[str] = []
+        self.constants = Constants()
         self.calls: list[str] = []
-        self.flash = 0
         self.when = {unit.step.node.name: i for i, unit in enumerate(self.units)}
         self.buffers = self._buffers()
         self.ram = place(list(self.buffers.values())) + 2 * BLOCK  # the last block may look behind its frame
@@ -86,17 +85,19 @@ class _Writer:
         line = max(shape[2] for shape in self.shapes.values())
         ram = self.ram + work_bytes(accumulators, line, taps)
         kind = TYPES[type_of(plan_of(entry))][0]
-        defines = {
+        defines: dict[str, Any] = {
             "LQ_INPUTS": torch.Size(self.first.shape).numel(),
             "LQ_OUTPUTS": outputs,
             "LQ_ACC": accumulators,
             "LQ_LINE": line,
             "LQ_TAPS": taps,
             "LQ_GROUPS": GROUPS,
-            "LQ_FLASH": self.flash,
+            "LQ_FLASH": self.constants.flash,
             "LQ_RAM": ram,
         }
         used = "".join(self.calls)
+        described = {**self.network.input_codes, "type": kind, "exponent": self.network.steps[-1].exponent}
+        defines["LQ_INPUT_TEXT"] = json.dumps(json.dumps({**described, "flash": self.constants.flash, "ram": ram}))
         defines |= {name: 1 for name in ("LQ_COPY", "LQ_POOL") if f"run_{name[3:].lower()}(" in used}
         head = ["/* A quantized network in integers, written by lq. Compile: gcc -O2 net.c -o net */"]
         head += [text_of("types.h"), *(f"#define {name} {value}" for name, value in defines.items())]
@@ -110,8 +111,8 @@ class _Writer:
         ]
         exponent = f"const int lq_exponent = {self.network.steps[-1].exponent};"
         prototypes = ["void lq_run(const lq_input *image, int32_t *logits);", "extern const int lq_exponent;", exponent]
-        parts = [*head, *prototypes, text_of("runtime.c"), *self.constants, *run, text_of("main.c")]
-        return CSource("\n".join(parts), self.flash, ram, kind)
+        parts = [*head, *prototypes, text_of("runtime.c"), *self.constants.texts, *run, text_of("main.c")]
+        return CSource("\n".join(parts), self.constants.flash, ram, kind)
 
     def _buffers(self) -> dict[str, Buffer]:
         """Wide results by name, and the frame that each layer takes as "in:" and its name."""
@@ -181,11 +182,11 @@ class _Writer:
         codes = "0"
         if unit.layers:
             entries = [self._codes(layer) for layer in unit.layers]
-            self.constants.append(f"static const Codes codes_{i}[{len(entries)}] = {{{', '.join(entries)}}};")
+            self.constants.texts.append(f"static const Codes codes_{i}[{len(entries)}] = {{{', '.join(entries)}}};")
             codes = f"codes_{i}"
         cap, caps = "0", 0
         if unit.last.cap is not None:
-            cap, caps = self._array("int32_t", f"cap_{i}", unit.last.cap), min(len(unit.last.cap), 255)
+            cap, caps = self.constants.array("int32_t", f"cap_{i}", unit.last.cap), min(len(unit.last.cap), 255)
         fields: dict[str, Any] = {
             "other": f"AT({self.buffers[unit.other].start})" if unit.other else 0,
             "wide": f"AT({self.buffers[unit.result].start})" if unit.wide else 0,
@@ -200,8 +201,7 @@ class _Writer:
             "caps": caps,
             "layers": len(unit.layers),
         }
-        self.constants.append(f"static const Out out_{i} = {struct_of(fields)};")
-        return f"out_{i}"
+        return self.constants.struct("Out", f"out_{i}", fields)
 
     def _codes(self, step: Step) -> str:
         takes, name = plan_of(step).takes, step.node.name
@@ -214,8 +214,8 @@ class _Writer:
             assert takes.points is not None
             assert takes.thresholds is not None
             limits = takes.thresholds.clamp(-(2**31), 2**31 - 1)
-            fields |= {"thresholds": self._array("int32_t", f"limits_{name}", limits), "count": len(limits)}
-            fields["points"] = self._array("int16_t", f"points_{name}", takes.points)
+            fields |= {"thresholds": self.constants.array("int32_t", f"limits_{name}", limits), "count": len(limits)}
+            fields["points"] = self.constants.array("int16_t", f"points_{name}", takes.points)
         fields |= {"plane": height * width, "row": width, "start": top * width + left, "type": type_of(plan_of(step))}
         if height == width == 1 and channels > 1:
             fields |= {"plane": 1, "row": 1, "start": 0}
@@ -230,11 +230,11 @@ class _Writer:
         if plan.shift_add:
             table = torch.cat([plan.table.sign[:, None].long(), plan.table.shifts], dim=1).reshape(-1)
         fields = {
-            "packed": self._array("uint8_t", f"packed_{i}", pack(plan.codes, plan.bits)),
-            "table": self._array("int16_t", f"table_{i}", table),
-            "m": self._array("int32_t", f"m_{i}", plan.by.m),
-            "b": self._array("int64_t", f"b_{i}", plan.by.b + plan.by.half),
-            "n": self._array("uint8_t", f"n_{i}", plan.by.n),
+            "packed": self.constants.array("uint8_t", f"packed_{i}", pack(plan.codes, plan.bits)),
+            "table": self.constants.array("int16_t", f"table_{i}", table),
+            "m": self.constants.array("int32_t", f"m_{i}", plan.by.m),
+            "b": self.constants.array("int64_t", f"b_{i}", plan.by.b + plan.by.half),
+            "n": self.constants.array("uint8_t", f"n_{i}", plan.by.n),
             "inputs": channels,
             "outputs": outputs,
             "groups": plan.conv["groups"],
@@ -254,8 +254,7 @@ class _Writer:
             "type": type_of(plan),
         }
         assert depth * plan.conv["groups"] == channels
-        self.constants.append(f"static const Layer layer_{i} = {struct_of(fields)};")
-        return f"layer_{i}"
+        return self.constants.struct("Layer", f"layer_{i}", fields)
 
     def _pool(self, i: int, step: Step) -> str:
         settings, names = step.node.settings, ("kernel", "stride", "padding")
@@ -263,8 +262,7 @@ class _Writer:
         if step.by is not None:
             fields |= rounding_of(step.by)
         fields["largest"] = int(step.node.kind == "max")
-        self.constants.append(f"static const Pool pool_{i} = {struct_of(fields)};")
-        return f"pool_{i}"
+        return self.constants.struct("Pool", f"pool_{i}", fields)
 
     def _enter(self, step: Step) -> list[str]:
         channels, height, width = self.shapes[self.first.name]
@@ -275,7 +273,7 @@ class _Writer:
         points = plan_of(step).takes.points
         value = "*image++"
         if points is not None:
-            value = f"(lq_input){self._array('int16_t', 'points_in', points)}[*image++]"
+            value = f"(lq_input){self.constants.array('int16_t', 'points_in', points)}[*image++]"
         return [
             f"memset(AT({buffer.start}), 0, {buffer.size});",
             f"for (int c = 0; c < {channels}; c++)",
@@ -285,14 +283,3 @@ class _Writer:
 
     def _leave(self, outputs: int) -> list[str]:
         return [f"memcpy(logits, AT({self.buffers[self.units[-1].result].start}), {4 * outputs});"]
-
-    def _array(self, kind: str, name: str, values: Tensor) -> str:
-        suffix = {"int64_t": "INT64_C({})"}.get(kind, "{}")
-        flat = [suffix.format(v) for v in values.reshape(-1).tolist()]
-        width = {"uint8_t": 1, "int8_t": 1, "int16_t": 2, "int32_t": 4, "int64_t": 8}[kind]
-        if kind == "int16_t" and bool((values.abs() > 32767).any()):
-            raise UnsupportedError(f"{name}: points must be below 2^15 over their smallest power of two for C")
-        self.flash += width * len(flat)
-        lines = [", ".join(flat[k : k + 24]) for k in range(0, len(flat), 24)]
-        self.constants.append(f"static const {kind} {name}[{len(flat)}] = {{\n" + ",\n".join(lines) + "};")
-        return name

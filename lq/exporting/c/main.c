@@ -1,7 +1,8 @@
 #ifndef LQ_NO_MAIN
 #include <time.h>
 
-/* Reads images as input codes from a file and prints their logits: ./net images.bin [repeats] */
+/* Reads images as input codes from a file and prints their logits: ./net images.bin [repeats]
+   Says what an image must look like: ./net --input */
 int main(int argc, char **argv) {
     static lq_input image[LQ_INPUTS];
     static int32_t logits[LQ_OUTPUTS];
@@ -9,6 +10,10 @@ int main(int argc, char **argv) {
     FILE *file = argc > 1 ? fopen(argv[1], "rb") : NULL;
     clock_t spent = 0;
     long images = 0;
+    if (argc > 1 && !strcmp(argv[1], "--input")) {
+        puts(LQ_INPUT_TEXT);
+        return 0;
+    }
     if (!file) {
         fprintf(stderr, "usage: %s images.bin [repeats]\n", argv[0]);
         return 2;
