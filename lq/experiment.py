@@ -120,7 +120,7 @@ def run(settings: Settings) -> Outcome:
     classifier = Classifier(settings.model, **settings.optimizer)
     make_plan(classifier, settings.quantization.spec)
     settings.data.prepare_data()
-    with tracked(settings):
+    with tracked(settings.loggers, settings.description):
         return _run(settings, classifier)
 
 

@@ -24,31 +24,31 @@ class RunSettings(Protocol):
     trainer: dict[str, Any]
     loggers: list[Any]
     output_dir: Path
-    description: dict[str, Any] | None
 
 
 @contextmanager
-def tracked(settings: RunSettings) -> Iterator[None]:
+def tracked(loggers: Sequence[Any], description: Mapping[str, Any] | None) -> Iterator[None]:
     """A run in each tracking store: described at the start, ended as successful or as failed.
 
     Args:
-        settings: of the run.
+        loggers: Lightning loggers.
+        description: the whole configuration.
 
     Yields:
         Nothing.
     """
-    description = settings.description or {}
-    for logger in settings.loggers:
+    description = dict(description or {})
+    for logger in loggers:
         logger.log_hyperparams(description)
         if is_mlflow(logger):
             logger.experiment.log_dict(logger.run_id, description, "config.yaml")
     try:
         yield
     except BaseException:
-        for logger in settings.loggers:
+        for logger in loggers:
             logger.finalize("failed")
         raise
-    for logger in settings.loggers:
+    for logger in loggers:
         logger.finalize("success")
 
 

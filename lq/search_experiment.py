@@ -117,7 +117,7 @@ def run_search(settings: SearchSettings) -> SearchOutcome:
     classifier = Classifier(settings.model, lr=settings.pretrain_lr)
     settings.data.prepare_data()
     settings.data.setup("fit")
-    with tracked(settings):
+    with tracked(settings.loggers, settings.description):
         return _run(settings, classifier)
 
 

@@ -19,8 +19,8 @@ LAYERS = [
     {"point_search"},
     {"metrics", "tracking", "exporting", "checkpoints"},
     {"data", "classifier"},
-    {"callbacks", "flavour", "runs"},
-    {"experiment", "search_experiment"},
+    {"callbacks", "flavour", "runs", "deployed"},
+    {"experiment", "search_experiment", "evaluation"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -7,11 +7,12 @@ from importlib import import_module
 __all__ = ["main"]
 
 _USAGE = """\
-usage: lq {train,search,export,inspect,compare} ...
+usage: lq {train,search,export,evaluate,inspect,compare} ...
 
   train     train a quantized network, or a sweep of them       lq train --help
   search    quantize a trained network without training it      lq search --help
   export    write a network as a packed file, as C or as ONNX   lq export --help
+  evaluate  run networks in all their forms side by side        lq evaluate --help
   inspect   print what a packed file holds                      lq inspect --help
   compare   print the runs of a sweep side by side              lq compare --help
 """
@@ -28,12 +29,14 @@ def main() -> None:
         from lq.cli.export import run
 
         run(command, rest)
-    elif command in ("train", "search"):
+    elif command in ("train", "search", "evaluate"):
         _hydra(command, rest)
     elif command in ("-h", "--help"):
         print(_USAGE, end="")
     else:
-        sys.exit(f"lq: command must be train, search, export, inspect or compare, got {command!r}\n\n{_USAGE}")
+        sys.exit(
+            f"lq: command must be train, search, export, evaluate, inspect or compare, got {command!r}\n\n{_USAGE}"
+        )
 
 
 def _hydra(command: str, rest: list[str]) -> None:

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from lq._paths import home
 from lq.cli.config import GROUPS, TrainConfig
+from lq.cli.evaluate import EVALUATE_GROUPS, EvaluateConfig
 from lq.cli.search_config import SEARCH_GROUPS, SearchConfig
 
 __all__ = ["field_lines", "help_text"]
@@ -35,20 +36,36 @@ Usage:
 """
 
 
+_EVALUATE = """\
+lq evaluate: run networks in all their forms on the same test images: accuracy, agreement, bytes, images per second.
+
+Usage:
+  lq evaluate files=[FILE,...] [data=NAME] [FIELD=VALUE] ...    tracked in MLflow; without data: handwritten digits
+  lq evaluate files=[net.lq.safetensors,integer:net.lq.safetensors,net.onnx,net.c] data=cifar10
+  lq evaluate model=cifar_resnet20 model.checkpoint=float.safetensors files=[...]    the float network beside them
+  lq evaluate --hydra-help                                      Hydra's own flags
+"""
+
+
 def help_text(command: str) -> str:
     """The whole text.
 
     Args:
-        command: "train" or "search".
+        command: "train", "search" or "evaluate".
 
     Returns:
         Lines for a terminal.
     """
-    searching = command == "search"
-    head, top, groups = (_SEARCH, SearchConfig, SEARCH_GROUPS) if searching else (_TRAIN, TrainConfig, GROUPS)
-    recipes = [r for r in _options(home() / "recipes") if r.startswith("search_") == searching]
+    head, top, groups = {
+        "train": (_TRAIN, TrainConfig, GROUPS),
+        "search": (_SEARCH, SearchConfig, SEARCH_GROUPS),
+        "evaluate": (_EVALUATE, EvaluateConfig, EVALUATE_GROUPS),
+    }[command]
     names = [g for g in _groups() if g in {f.name for f in dataclasses.fields(top)}]
-    lines = [head, "Groups (GROUP=OPTION):", _entry("recipes", ", ".join(recipes))]
+    lines = [head, "Groups (GROUP=OPTION):"]
+    if command != "evaluate":
+        recipes = [r for r in _options(home() / "recipes") if r.startswith("search_") == (command == "search")]
+        lines.append(_entry("recipes", ", ".join(recipes)))
     lines += [_entry(group, ", ".join(_options(home() / "conf" / group))) for group in names]
     lines += ["", "Fields of the top level:", *field_lines(top, "")]
     for group, schemas in groups.items():

@@ -9,6 +9,7 @@ from lq.exporting import check_accumulators, integer_cost, repair_accumulators
 from lq.functional.packing import packed_bytes
 from lq.models import create_model
 from lq.nn import named_quantized_layers
+from tests.helpers.integers import check_accumulators_are_exact
 from tests.helpers.modules import SmallResidual, small_cnn
 from tests.helpers.quantized import quantized
 
@@ -41,21 +42,8 @@ def reference_codes(wide, takes):
 
 
 def test_accumulators_equal_a_convolution_in_double_precision_exactly(made):
-    network, seen = lq.IntegerNetwork(made, SHAPE), {}
-    network.run(network.encode(torch.randn(6, *SHAPE)), lambda path, what, t: seen.update({(path, what): t}))
-    for plan in network.layers:
-        layer, x = made.get_submodule(plan.path), seen[plan.path, "inputs"].double()
-        x = x.reshape(*x.shape, 1, 1) if x.dim() == 2 else x
-        conv = {k: v for k, v in plan.conv.items() if k != "padding"}
-        exact = F.conv2d(F.pad(x, plan.conv["padding"]), plan.weight.double(), **conv)
-        acc = seen[plan.path, "accumulators"]
-        assert acc.dtype == torch.int32
-        assert torch.equal(acc.double(), exact)
-        assert bool((acc >= plan.bounds[0].reshape(-1, 1, 1)).all())
-        assert bool((acc <= plan.bounds[1].reshape(-1, 1, 1)).all())
-        weight = layer.quantized_weight().double()  # the integers are the weights, over one real number per channel
-        unit = (weight.flatten(1).norm(dim=1) / plan.weight.double().flatten(1).norm(dim=1).clamp_min(1e-9))[:, None]
-        torch.testing.assert_close(plan.weight.double().flatten(1) * unit, weight.flatten(1), rtol=1e-5, atol=1e-7)
+    network = lq.IntegerNetwork(made, SHAPE)
+    check_accumulators_are_exact(network, made, network.encode(torch.randn(6, *SHAPE)))
 
 
 def test_requantized_codes_equal_a_reference_in_python_integers(made):
