@@ -1,6 +1,12 @@
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -48,6 +54,36 @@ def test_the_registered_model_runs_from_the_packed_file_alone_in_a_fresh_process
     x = np.linspace(0, 1, 768, dtype=np.float32).reshape(1, 3, 16, 16)
     printed = np.array(json.loads(done.stdout.strip().splitlines()[-1]))
     np.testing.assert_allclose(printed, PackedModel(path).predict(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_real_server_serves_the_packed_model(logged):
+    folder, _, path = logged
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/small/1", "--env-manager", "local"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    x = np.linspace(0, 1, 768, dtype=np.float32).reshape(1, 3, 16, 16)
+    body = json.dumps({"inputs": x.tolist()}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+    log = (folder / "serve.log").open("w")
+    server = subprocess.Popen(
+        [*serve, "--port", str(port)], env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        for _ in range(240):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    served = np.array(json.load(answer)["predictions"])
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, (folder / "serve.log").read_text()
+                time.sleep(0.5)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+        log.close()
+    np.testing.assert_allclose(served, PackedModel(path).predict(x), rtol=1e-5, atol=1e-5)
 
 
 def test_no_pickle_is_stored(logged):

@@ -58,7 +58,7 @@ def encode_points(x: Tensor, points: Tensor, scale: Tensor, *, bits: int, signed
     index = nearest_point(u.abs(), points)
     zero = points.expand(*u.shape[:1], -1)[:, :1] == 0
     negative = (u < 0) & ~(zero & (index == 0))  # zero has one code
-    return (index + (negative.long() << (bits - 1))).to(torch.uint8)
+    return (index + negative.long() * 2 ** (bits - 1)).to(torch.uint8)
 
 
 def decode_points(codes: Tensor, points: Tensor, scale: Tensor, *, bits: int, signed: bool) -> Tensor:
