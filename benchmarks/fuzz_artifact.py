@@ -11,15 +11,16 @@ import json
 import os
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import atheris
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lq
 
+atheris: Any = import_module("atheris")  # untyped, and only for those who fuzz
 with atheris.instrument_imports(include=["lq.exporting", "lq.surgery.rebuild", "lq.functional.packing"]):
     import lq.exporting.architecture
     import lq.exporting.artifact

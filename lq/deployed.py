@@ -59,6 +59,15 @@ def open_deployed(file: str, shape: tuple[int, ...], allow: Collection[str] = ()
     path = Path(file.removeprefix(INTEGER))
     if not path.is_file():
         raise FileNotFoundError(f"files must exist, got {str(path)!r} which does not")
+    try:
+        return _open(file, path, shape, allow)
+    except (ValueError, ImportError, FileNotFoundError):
+        raise
+    except Exception as error:  # whatever a loader makes of a file that is not what its name says
+        raise ValueError(f"files must be sound, {str(path)!r} is not: {type(error).__name__}: {error}") from error
+
+
+def _open(file: str, path: Path, shape: tuple[int, ...], allow: Collection[str]) -> Deployed:
     size = path.stat().st_size
     if path.suffix in (".ckpt", ".safetensors"):
         network, given = _network(path, allow)

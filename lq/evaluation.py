@@ -101,27 +101,31 @@ def evaluate(
         The figures.
 
     Raises:
-        ValueError: for a network that takes images of another shape, and for no images.
+        ValueError: for a network that takes images of another shape, for no networks and for no images.
 
     >>> network = Deployed("sign", "float", 0, lambda x: torch.cat([-x, x], 1).mean((2, 3)))
     >>> batch = torch.tensor([-1.0, 2.0]).reshape(2, 1, 1, 1), torch.tensor([0, 0])
     >>> evaluate([network], [batch], progress=False).to_dicts()[0]["accuracy"]
     0.5
     """
+    if not networks:
+        raise ValueError("networks must hold at least one, got none: open one with lq.deployed.open_deployed")
+    if images is not None and images < 1:
+        raise ValueError(f"images must be at least 1, got {images}: leave it out for all")
     rows = [EvaluationRow(n.name, n.kind, n.bytes, same=[0] * len(networks)) for n in networks]
     total = 0
     bar = tqdm(batches, desc="Evaluating", unit="batch", disable=not progress, leave=False)
     for x, y in bar:
         if images is not None:
             x, y = x[: images - total], y[: images - total]
-        if not len(x):
-            break
         _check_shapes(networks, tuple(x.shape[1:]))
         classes = [_classes(network, row, x) for network, row in zip(networks, rows, strict=True)]
         for row, mine in zip(rows, classes, strict=True):
             row.right += int((mine == y).sum())
             row.same = [count + int((mine == other).sum()) for count, other in zip(row.same, classes, strict=True)]
         total += len(y)
+        if total == images:
+            break
     if not total:
         raise ValueError("batches must hold at least one image, got none: check the DataModule")
     return EvaluationReport(tuple(rows), total)

@@ -82,5 +82,20 @@ def test_images_of_another_shape_are_refused(folder, file):
 
 
 def test_no_images_are_an_error():
+    network = Deployed("zero", "float", 0, lambda x: torch.zeros(len(x), 2))
     with pytest.raises(ValueError, match="at least one image"):
-        evaluate([], [], progress=False)
+        evaluate([network], [], progress=False)
+    with pytest.raises(ValueError, match="networks must hold at least one"):
+        evaluate([], [(torch.zeros(1, 1, 1, 1), torch.zeros(1))], progress=False)
+    for images in (0, -1):
+        with pytest.raises(ValueError, match=f"images must be at least 1, got {images}"):
+            evaluate([network], [], images=images, progress=False)
+
+
+@pytest.mark.parametrize("name", ["junk.onnx", "junk.ckpt", "junk.lq.safetensors", "junk"])
+def test_files_that_are_not_what_they_seem_are_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"junk")
+    path.chmod(0o755)
+    with pytest.raises(ValueError, match="junk"):
+        open_deployed(str(path), SHAPE)

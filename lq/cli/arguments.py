@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,20 +32,25 @@ def parse(schema: type[Any], arguments: Sequence[str]) -> Any:
     >>> parse(Config, ["bits=3"]).bits
     3
     """
-    names = [f.name for f in dataclasses.fields(schema)]
+    kinds = {f.name: f.type for f in dataclasses.fields(schema)}
+    literal, others = {}, []
     for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if not equals or name not in names:
-            raise ValueError(f"arguments must read FIELD=VALUE, got {argument!r}: the fields are {', '.join(names)}")
-    config: Any = OmegaConf.structured(schema)
-    try:
-        config = OmegaConf.merge(config, OmegaConf.from_cli(list(arguments)))
-    except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    missing = [name for name in names if OmegaConf.is_missing(config, name)]
+        name, equals, value = argument.partition("=")
+        if not equals or name not in kinds:
+            raise ValueError(f"arguments must read FIELD=VALUE, got {argument!r}: the fields are {', '.join(kinds)}")
+        if kinds[name] is str:
+            literal[name] = value  # a path may look like a number, a list or an interpolation
+        else:
+            others.append(argument)
+    missing = [f.name for f in dataclasses.fields(schema) if f.default == MISSING and f.name not in literal]
     if missing:
         raise ValueError(f"{missing[0]} must be given: {missing[0]}=...")
-    return config
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema(**dict.fromkeys(literal, ""))), OmegaConf.from_cli(others))
+        found: Any = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{' '.join(others)}: {str(error).splitlines()[0]}") from error
+    return dataclasses.replace(found, **literal)
 
 
 def usage(head: str, schema: type[Any]) -> str:

@@ -80,8 +80,8 @@ def export(arguments: Sequence[str]) -> None:
         return
     config = parse(ExportConfig, arguments)
     for name, allowed in (("target", TARGETS), ("overflow", OVERFLOWS)):
-        if config[name] not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}: choose one of those")
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}: choose one of those")
     network, header = load_network(config.checkpoint, list(config.allow))
     shape = tuple(config.shape) or tuple(header["input"].get("shape", ()))
     if config.target == "artifact":
@@ -137,5 +137,5 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     try:
         {"export": export, "inspect": inspect}[command](arguments)
-    except (ArtifactError, UnsupportedError, ValueError, FileNotFoundError, ImportError) as error:
+    except (ArtifactError, UnsupportedError, ValueError, OSError, ImportError) as error:
         sys.exit(f"lq {command}: {error}")

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from lq.exporting.architecture import architecture_of, build, network_of
 from lq.exporting.files import ArtifactError, read_artifact, write_artifact
-from lq.exporting.state import holds_all_in_state, key_of, shared_parameters, tie
+from lq.exporting.state import holds_all_in_state, key_of, loose_dtypes, shared_parameters, tie
 from lq.functional.packing import pack, packed_bytes, unpack
 from lq.network import distinct_weights
 from lq.nn import QuantLayer, named_quantized_layers, weight_key
@@ -76,6 +76,7 @@ def save(
         "layers": layers,
         "caps": caps,
         "biases": biases,
+        "buffers": loose_dtypes(network),
         "fixed": [path for path, layer in named_quantized_layers(network).items() if _computes_weight(layer)],
         "input": dict(input or {}),
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
@@ -202,6 +203,9 @@ def _restore(tensors: dict[str, Tensor], header: dict[str, Any], allow: Collecti
         layer.weight = nn.Parameter(values)
     for names in shared:
         tie(network, names)
+    for name, dtype in header.get("buffers", {}).items():
+        path, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(path), attribute, network.get_buffer(name).to(_DTYPES[dtype]))
     return network.eval()
 
 

@@ -1,6 +1,6 @@
 """What a bias and a batch norm do to the output of a layer, as one gain and one shift per channel."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,20 +40,40 @@ def _plain(layer: QuantLayer) -> bool:
     return not is_transposed(layer) and (uses_own_weight(kind) or kind.__module__.startswith("timm.layers"))
 
 
-def fold_away(model: nn.Module) -> dict[str, Tensor]:
+@torch.no_grad()
+def _rows(model: nn.Module, x: Tensor) -> set[str]:
+    """Paths of the linear layers that act on more than one vector of each input."""
+    found, linear = set(), {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+    def look(path: str) -> Any:
+        return lambda _, given, result: result.dim() > 2 and found.add(path)
+
+    handles = [module.register_forward_hook(look(path)) for path, module in linear.items()]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def fold_away(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Remove the batch norms that follow quantized layers, in place.
 
     Their shift becomes the layer's bias.
 
     Args:
         model: in evaluation mode.
+        x: what it takes, to see where channels are.
 
     Returns:
         Path of each layer to the gain that its weight has yet to be multiplied by, float64 ``(O,)``.
     """
-    gains = {}
+    gains, rows = {}, _rows(model, x)
     for path, chain in trace_chains(model)[0].items():
         layer = model.get_submodule(path)
+        if path in rows:  # a norm behind such a layer has its channels on another axis
+            continue
         if chain.norm is None or not isinstance(layer, QuantLayer) or not _plain(layer):
             continue
         norm = model.get_submodule(chain.norm)

@@ -87,7 +87,7 @@ def write_onnx(
     from lq.exporting.onnx_nodes import translations
 
     model = copy.deepcopy(model).cpu().eval()
-    weights = _replace_quantizers(model, fold_away(model), fold_points, integers)
+    weights = _replace_quantizers(model, fold_away(model, torch.rand(2, *shape)), fold_points, integers)
     try:
         program = torch.onnx.export(
             model,
@@ -126,7 +126,8 @@ def _replace_quantizers(
         layer.weight_quantizer = _FromCodes(stored)  # type: ignore[assignment]
         if quantizer is not None and quantizer.is_calibrated:
             layer.input_quantizer = _Inputs(quantizer)  # type: ignore[assignment]
-    return {f"{path}.weight_quantizer.codes".lstrip("."): stored for path, stored in weights.items()}
+    named = model.named_modules(remove_duplicate=False)  # the exporter may choose any name of a layer
+    return {f"{path}.codes": module.stored for path, module in named if isinstance(module, _FromCodes)}
 
 
 class _FromCodes(nn.Module):
@@ -137,7 +138,7 @@ class _FromCodes(nn.Module):
 
     def __init__(self, stored: StoredWeight) -> None:
         super().__init__()
-        self.axis, self.has_codes = stored.axis, stored.has_codes
+        self.stored, self.axis, self.has_codes = stored, stored.axis, stored.has_codes
         self.register_buffer("codes", stored.codes)
         self.register_buffer("scale", stored.scale)
 

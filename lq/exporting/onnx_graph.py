@@ -10,6 +10,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from lq.exporting.graph import UnsupportedError
 from lq.exporting.onnx_weights import StoredWeight
 
 __all__ = ["finish"]
@@ -22,13 +23,13 @@ def finish(proto: onnx.ModelProto, weights: Mapping[str, StoredWeight]) -> onnx.
 
     Args:
         proto: as exported, with weights of codes behind DequantizeLinear.
-        weights: what the initializer of each name holds.
+        weights: what the initializer of each name holds; a layer may have several.
 
     Returns:
         The same model.
 
     Raises:
-        RuntimeError: where the exporter did not keep the codes.
+        UnsupportedError: where the exporter did not keep the codes.
     """
     graph = _Graph(proto)
     for node in list(graph.nodes):
@@ -37,9 +38,10 @@ def finish(proto: onnx.ModelProto, weights: Mapping[str, StoredWeight]) -> onnx.
     for node in list(graph.nodes):
         if node.op_type == "DequantizeLinear" and node.input[0] in weights:
             graph.place(node, weights[node.input[0]])
-    missing = {name for name, stored in weights.items() if stored.has_codes} - graph.constants.keys()
+    kept = {id(stored) for name, stored in weights.items() if name in graph.constants}
+    missing = sorted(name for name, stored in weights.items() if stored.has_codes and id(stored) not in kept)
     if missing:
-        raise RuntimeError(f"the exporter dropped the codes of {sorted(missing)}")
+        raise UnsupportedError(f"the exporter kept no codes of {missing}: is the layer used by the network?")
     return graph.written()
 
 
@@ -62,24 +64,39 @@ class _Graph:
         return [node for node in self.nodes if name in node.input]
 
     def drop_relu(self, node: NodeProto) -> None:
-        """A ReLU or a cap before codes that end there themselves changes nothing, and keeps runtimes from fusing."""
+        """Let codes end where a ReLU or a cap before them did: what is between keeps runtimes from fusing."""
         maker, ends = self.makers.get(node.input[0]), self._code_range(node)
-        if maker is None or ends is None or maker.output[0] in self.outputs:
+        if maker is None or ends is None or ends[0] != 0 or maker.output[0] in self.outputs:
             return
-        cap = float("inf")
+        cap: float | None = float("inf")
         if maker.op_type == "Clip" and len(maker.input) == 3:
-            if self._number(maker.input[1]) != 0:
-                return
-            cap = self._number(maker.input[2]) or 0.0
+            cap = self._number(maker.input[2]) if self._number(maker.input[1]) == 0 else None
         elif maker.op_type != "Relu":
             return
-        scale = self._number(node.input[1])
-        unchanged = scale is not None and ends[0] == 0 and cap >= ends[1] * scale * (1 - 1e-6)
-        users = self.users(maker.output[0])
-        if unchanged and all(user.op_type == "QuantizeLinear" for user in users):
-            node.input[0] = maker.input[0]
-            if users == [node]:
-                self.nodes.remove(maker)
+        scale, users = self._number(node.input[1]), self.users(maker.output[0])
+        if cap is None or scale is None or any(user.op_type != "QuantizeLinear" for user in users):
+            return
+        node.input[0] = maker.input[0]
+        if len(users) == 1:
+            self.nodes.remove(maker)
+        if cap < ends[1] * scale:
+            self._end_codes(node, int(np.rint(np.float32(cap) / np.float32(scale))))
+
+    def _end_codes(self, node: NodeProto, last: int) -> None:
+        """Codes of a QuantizeLinear end at another one than before."""
+        (codes,) = node.output
+        low, high = f"{codes}.first", f"{codes}.last"
+        for name, value in ((low, 0), (high, last)):
+            self.constants[name] = numpy_helper.from_array(np.array(value, dtype=np.uint8), name)
+        (user,) = self.users(codes)
+        if user.op_type == "Clip":
+            user.input[2] = high
+            return
+        node.output[0] = f"{codes}.all"
+        self.makers[node.output[0]] = node
+        clip = helper.make_node("Clip", [node.output[0], low, high], [codes])
+        self.makers[codes] = clip
+        self.nodes.insert(self.nodes.index(node) + 1, clip)
 
     def place(self, node: NodeProto, stored: StoredWeight) -> None:
         """Write a weight as the layers that take it need it: as integers, or as what a constant folds to in float."""
@@ -104,11 +121,18 @@ class _Graph:
             node.CopyFrom(helper.make_node("Mul", [levels, self._constant(f"{scale}.rows", by)], [result]))
             for user in users:
                 if self._between_codes(user, ("QuantizeLinear", "Relu", "Clip")):
-                    self._separate_bias(user)
+                    self._separate_bias(user, stored.codes.dim())
             return
         factor = self._constant(f"{codes}.factor", stored.factor.reshape(shape))
-        node.input[0] = self._node("Cast", [self._node("Mul", [levels, factor], result)], result, to=TensorProto.INT8)
+        integers, kind = self._node("Mul", [levels, factor], result), TensorProto.INT8
         node.input[1] = self._constant(f"{scale}.integer", stored.integer_scale)
+        if stored.saturates:  # products of unsigned numbers are added in 32 bits by all processors
+            shift, kind = self._constant(f"{codes}.shift", torch.tensor(128.0)), TensorProto.UINT8
+            integers = self._node("Add", [integers, shift], result)
+            zeros = np.full(tuple(stored.integer_scale.shape), 128, dtype=np.uint8)
+            self.constants[f"{codes}.zeros"] = numpy_helper.from_array(zeros, f"{codes}.zeros")
+            node.input.append(f"{codes}.zeros")
+        node.input[0] = self._node("Cast", [integers], result, to=kind)
 
     def written(self) -> onnx.ModelProto:
         """The model with what its outputs follow from, without notes on where each came from: those are long."""
@@ -127,12 +151,15 @@ class _Graph:
         graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in needed)
         return self.proto
 
-    def _separate_bias(self, node: NodeProto) -> None:
+    def _separate_bias(self, node: NodeProto, rank: int) -> None:
         """Take the bias out of a convolution between codes, whose weights and bias runtimes would quantize anew."""
         (result,) = node.output
-        bias = self._array(node.input[2]) if len(node.input) > 2 else None
+        given = len(node.input) > 2 and bool(node.input[2])
+        bias = self._array(node.input[2]) if given else None
+        if given and bias is None:
+            return  # it is computed, which keeps runtimes from quantizing it
         values = torch.zeros(1) if bias is None else -torch.from_numpy(bias.copy())
-        negative = self._constant(f"{result}.negative_bias", values.reshape(-1, 1, 1))
+        negative = self._constant(f"{result}.negative_bias", values.reshape(-1, *[1] * (rank - 2)))
         del node.input[2:]
         node.output[0] = f"{result}.sums"
         self.makers[node.output[0]] = node
@@ -142,6 +169,8 @@ class _Graph:
     def _between_codes(self, node: NodeProto, after: tuple[str, ...]) -> bool:
         """Whether a convolution takes codes and one of these operators alone takes its result."""
         before, users = self.makers.get(node.input[0]), self.users(node.output[0])
+        while before is not None and before.op_type == "Pad":  # of codes as well as of what they stand for
+            before = self.makers.get(before.input[0])
         codes = before is not None and before.op_type == "DequantizeLinear"
         return codes and len(users) == 1 and users[0].op_type in after and node.output[0] not in self.outputs
 

@@ -16,6 +16,7 @@ from lq.quantizers import CodebookQuantizer, PointQuantizer
 __all__ = ["StoredWeight", "stored_weight"]
 
 _LARGEST = 127  # of an 8-bit integer weight
+_HALF = 64  # up to which 2 * 255 of them fit in 16 bits
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class StoredWeight:
     def has_codes(self) -> bool:
         """Whether there are codes, or values alone."""
         return not self.codes.is_floating_point()
+
+    @property
+    def saturates(self) -> bool:
+        """Whether processors that add two products in 16 bits could overflow: 255 times two of the integers."""
+        if self.factor is None:
+            return False
+        levels = self.codes.float() if self.table is None else self.table[self.codes.long()]
+        return bool((levels.flatten(1).abs().amax(1) * self.factor.abs() > _HALF).any())
 
     @property
     def narrow(self) -> bool:
@@ -116,12 +125,11 @@ def _with_factor(layer: QuantLayer, stored: StoredWeight) -> StoredWeight:
     added = torch.zeros_like(scale) if bias is None else bias.detach().double()
     step = positive(inputs.quantizer.scale.detach()).double()
     tried = torch.arange(1, _LARGEST + 1, dtype=torch.float64).reshape(-1, 1)
-    target = added / (step * scale.abs()).clamp_min(1e-300) * tried
-    miss = (target - target.round()).abs() / tried
-    miss = miss.masked_fill((tried * largest > _LARGEST) | (2 * tried * largest < _LARGEST - largest), torch.inf)
-    factor = tried[miss.argmin(0), 0] * scale.sign()
-    dead = scale.abs() <= 1e-8 * scale.abs().max()  # weights that are nothing: the bias alone decides on the steps
+    target = added / (step * scale.abs()).clamp_min(1e-300) * tried  # the bias in steps of the accumulator
+    allowed = (tried * largest <= _LARGEST) & (2 * tried * largest >= _LARGEST - largest) & (target.abs() < 2**30)
+    miss = ((target - target.round()).abs() / tried).masked_fill(~allowed, torch.inf)
+    dead = ~allowed.any(0)  # weights that are nothing beside the bias, which alone decides on the steps
+    factor = torch.where(dead, torch.zeros_like(scale), tried[miss.argmin(0), 0] * scale.sign())
     fine = (added.abs() / step / 2**20).clamp_min(1e-30)
-    factor = torch.where(dead, torch.zeros_like(factor), factor)
     integer_scale = torch.where(dead, fine, scale / torch.where(dead, torch.ones_like(factor), factor))
     return replace(stored, factor=factor.float(), integer_scale=integer_scale.float())

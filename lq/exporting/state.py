@@ -2,9 +2,10 @@
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["holds_all_in_state", "key_of", "shared_parameters", "tie"]
+__all__ = ["holds_all_in_state", "key_of", "loose_dtypes", "shared_parameters", "tie"]
 
 
 def key_of(path: str, name: str) -> str:
@@ -34,3 +35,10 @@ def holds_all_in_state(network: nn.Module) -> bool:
     buffers = all(id(b) in held for b in network.buffers())
     loose = any(isinstance(v, Tensor) for m in network.modules() for v in vars(m).values())
     return buffers and not loose
+
+
+def loose_dtypes(network: nn.Module) -> dict[str, str]:
+    """Names of the floating point buffers beside the state that are not in float32, and their types."""
+    held = network.state_dict().keys()
+    loose = {name: b for name, b in network.named_buffers() if name not in held and b.is_floating_point()}
+    return {name: str(b.dtype).removeprefix("torch.") for name, b in loose.items() if b.dtype != torch.float32}

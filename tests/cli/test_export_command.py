@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lq
+from lq.cli.arguments import parse
 from lq.cli.export import ExportConfig, run
 from lq.models import create_model
 from tests.helpers.commands import lq as command
@@ -60,3 +61,15 @@ def test_help_names_every_field(capsys):
     out = capsys.readouterr().out
     for field in dataclasses.fields(ExportConfig):
         assert field.name in out
+
+
+@pytest.mark.parametrize("path", ["007", "1e3", "yes", "[x.ckpt", "a #b.ckpt", "a: b", "${x}", "null", "'q"])
+def test_paths_are_taken_as_they_stand(path):
+    config = parse(ExportConfig, [f"checkpoint={path}", f"out={path}", "shape=[3,8,8]", "integers=true"])
+    assert config.checkpoint == config.out == path
+    assert (list(config.shape), config.integers) == ([3, 8, 8], True)
+
+
+def test_values_that_are_no_yaml_are_named():
+    with pytest.raises(ValueError, match=r"shape=\[3"):
+        parse(ExportConfig, ["checkpoint=a", "out=b", "shape=[3"])

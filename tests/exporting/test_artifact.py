@@ -85,6 +85,27 @@ def test_other_dtypes_come_back_as_they_were(tmp_path, dtype):
     assert torch.equal(loaded(x), model(x))
 
 
+class WithTable(nn.Module):
+    """A network with a buffer that is no part of its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x * self.table)
+
+
+def test_buffers_beside_the_state_come_back_in_their_type(tmp_path):
+    model = quantized(WithTable(), (4,), bits=4).to(torch.bfloat16)
+    target = f"{__name__}:WithTable"
+    path = lq.save(model, tmp_path / "a.lq.safetensors", architecture={"import_path": target})
+    loaded, x = lq.load(path, allow=[target]), torch.randn(2, 4, dtype=torch.bfloat16)
+    assert loaded.table.dtype == torch.bfloat16
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     model = quantized(tied_network(), (6,), bits=4, first_last_bits=None, activation=None)
     target = {"import_path": "tests.exporting.test_artifact:tied_network"}

@@ -37,6 +37,9 @@ def test_a_program_is_a_function_of_images(tmp_path, spec):
     assert torch.equal(program.encode(x).int(), network.encode(x))
     assert torch.equal(program(x), network(x))
     assert program.shape == SHAPE
+    assert program(x[:0]).shape == (0, network(x).shape[1])
+    with pytest.raises(ValueError, match="codes must have shape"):
+        program(torch.zeros(1, 3, 5, 5))
     assert torch.equal(CProgram(program.program)(x), network(x))  # one that is compiled already
 
 

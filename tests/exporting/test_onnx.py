@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import lq
 from lq.exporting.onnx import write_onnx
@@ -149,6 +150,71 @@ def test_integers_of_8_bits_stand_for_the_same_weights():
         return ((steps - steps.round()) * s.integer_scale.double()).abs()[gain.abs() > 1e-6]
 
     assert float(missed(stored).mean()) < 0.1 * float(missed(plain).mean())
+
+
+class Doubled(nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
+def small(*layers, name=""):
+    model = nn.Sequential(*layers)
+    if name == "bias":
+        parametrize.register_parametrization(model[2], "bias", Doubled())
+    return model
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)
+        self.again = self.b
+
+    def forward(self, x):
+        return self.last(self.again(self.b(self.a(x).relu()).relu()))
+
+
+ODD = {
+    "one-dimensional": (lambda: small(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3), nn.Conv1d(4, 3, 3)), (2, 16)),
+    "a computed bias": (
+        lambda: small(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), name="bias"),
+        (2, 9, 9),
+    ),
+    "two names": (TwoNames, (2, 11, 11)),
+    "a norm over rows": (lambda: small(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)), (6, 6)),
+}
+
+
+@pytest.mark.parametrize("integers", [None, True])
+@pytest.mark.parametrize("what", ODD)
+def test_odd_networks_are_computed_rightly(tmp_path, what, integers):
+    make, shape = ODD[what]
+    model = quantized(make(), shape, bits=4, granularity="channel")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.uniform_(-1, 1)
+            module.weight.data.uniform_(0.5, 2)
+    path = write_onnx(model, tmp_path / "net.onnx", shape, integers=integers)
+    x = torch.randn(4, *shape)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    y = session(path).run(None, {"input": x.numpy()})[0]
+    assert y.shape == expected.shape
+    assert np.median(np.abs(y - expected)) < 0.01 * expected.std()
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1e-5, 1e-6, 1e-7, 1e-9, 0.0])
+def test_channels_that_training_switched_off_keep_their_bias(tmp_path, gain):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
+    model = quantized(model, (2, 9, 9), bits=8, granularity="channel", first_last_bits=None)
+    model[1].weight.data = torch.tensor([1.0, gain, 0.5, -gain])
+    model[1].bias.data = torch.tensor([0.1, 1.0, -0.2, 0.9])
+    path = write_onnx(model, tmp_path / "net.onnx", (2, 9, 9))
+    x = torch.randn(8, 2, 9, 9)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    error = np.abs(session(path).run(None, {"input": x.numpy()})[0] - expected)
+    assert error.mean() < 0.03 * expected.std()
 
 
 class Unexportable(nn.Module):

@@ -97,7 +97,8 @@ class _Writer:
         }
         used = "".join(self.calls)
         described = {**self.network.input_codes, "type": kind, "exponent": self.network.steps[-1].exponent}
-        defines["LQ_INPUT_TEXT"] = json.dumps(json.dumps({**described, "flash": self.constants.flash, "ram": ram}))
+        described |= {"outputs": outputs, "flash": self.constants.flash, "ram": ram}
+        defines["LQ_INPUT_TEXT"] = json.dumps(json.dumps(described))
         defines |= {name: 1 for name in ("LQ_COPY", "LQ_POOL") if f"run_{name[3:].lower()}(" in used}
         head = ["/* A quantized network in integers, written by lq. Compile: gcc -O2 net.c -o net */"]
         head += [text_of("types.h"), *(f"#define {name} {value}" for name, value in defines.items())]

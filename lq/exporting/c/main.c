@@ -14,7 +14,7 @@ int main(int argc, char **argv) {
         puts(LQ_INPUT_TEXT);
         return 0;
     }
-    if (!file) {
+    if (!file || repeats < 1) {
         fprintf(stderr, "usage: %s images.bin [repeats]\n", argv[0]);
         return 2;
     }
@@ -27,7 +27,10 @@ int main(int argc, char **argv) {
     }
     fclose(file);
     fprintf(stderr, "flash %d bytes of constants, ram %d bytes", LQ_FLASH, LQ_RAM);
-    if (images) fprintf(stderr, ", %ld us per image", (long)(spent * 1000000L / CLOCKS_PER_SEC / (images * repeats)));
+    if (images) {
+        const int64_t nanoseconds = (int64_t)spent * 1000000000 / CLOCKS_PER_SEC / (images * repeats);
+        fprintf(stderr, ", %ld.%03ld us per image", (long)(nanoseconds / 1000), (long)(nanoseconds % 1000));
+    }
     fprintf(stderr, "\n");
     return 0;
 }

@@ -15,6 +15,7 @@ from lq.functional.points import nearest_point
 
 __all__ = ["CProgram"]
 
+_SAID = {"type", "shape", "scale", "lo", "hi", "points", "exponent", "flash", "ram", "outputs"}
 _TYPES = {"int8_t": torch.int8, "uint8_t": torch.uint8, "int16_t": torch.int16}
 
 
@@ -40,10 +41,11 @@ class CProgram:
         said = self._run("--input")
         try:
             self.input: dict[str, Any] = json.loads(said.stdout)
-            self._type = _TYPES[self.input["type"]]
-        except (ValueError, KeyError, TypeError) as error:
+            if not _SAID <= self.input.keys():
+                raise KeyError(sorted(_SAID - self.input.keys()))
+            self._type, self.shape = _TYPES[self.input["type"]], tuple(self.input["shape"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"path must be a program made by lq export target=c, got {str(path)!r}") from error
-        self.shape = tuple(self.input["shape"])
         self.seconds = 0.0
 
     def encode(self, x: Tensor) -> Tensor:
@@ -69,7 +71,14 @@ class CProgram:
 
         Returns:
             int64 ``(N, classes)``.
+
+        Raises:
+            ValueError: for images of another shape.
         """
+        if tuple(codes.shape[1:]) != self.shape:
+            raise ValueError(f"codes must have shape (N, {', '.join(map(str, self.shape))}), got {tuple(codes.shape)}")
+        if not len(codes):
+            return torch.zeros(0, self.input["outputs"], dtype=torch.int64)
         images = Path(self._folder.name) / "images.bin"
         images.write_bytes(codes.to(self._type).contiguous().numpy().tobytes())
         done = self._run(str(images))
@@ -85,13 +94,18 @@ class CProgram:
         if found is None:
             raise FileNotFoundError(f"compiler must be a command, got {compiler!r}: install a C compiler, such as gcc")
         program = Path(self._folder.name) / "network"
-        built = subprocess.run([found, "-O2", str(self.path), "-o", str(program)], capture_output=True, text=True)
+        built = subprocess.run(
+            [found, "-O2", str(self.path.resolve()), "-o", str(program)], capture_output=True, text=True
+        )
         if built.returncode:
             raise ValueError(f"{self.path} does not compile: {built.stderr.strip()[:500]}")
         return program
 
     def _run(self, argument: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([str(self.program), argument], capture_output=True, text=True)
+        try:
+            done = subprocess.run([str(self.program), argument], capture_output=True, text=True)
+        except OSError as error:
+            raise ValueError(f"{self.path} must be a program, it does not run: {error}") from error
         if done.returncode:
             raise ValueError(f"{self.path} must be made by lq export target=c, it failed: {done.stderr.strip()[:500]}")
         return done
