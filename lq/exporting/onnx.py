@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lq.exporting.folding import fold_away
 from lq.exporting.graph import UnsupportedError
-from lq.exporting.onnx_weights import StoredWeight, stored_weight
+from lq.exporting.onnx_weights import StoredWeight, along, stored_weight
 from lq.files import write_whole
 from lq.functional.layout import positive
 from lq.nn import named_quantized_layers
@@ -24,9 +24,7 @@ _NEEDS = "target=onnx needs onnx, onnxscript and onnx-ir: pip install 'lq[onnx]'
 @torch.library.custom_op("lq::dequantize", mutates_args=())
 def _dequantize(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Weights from codes; the exporter turns it into DequantizeLinear."""
-    shape = [1] * codes.dim()
-    shape[axis] = -1
-    return codes.to(scale.dtype) * (scale.reshape(shape) if scale.numel() > 1 else scale.reshape(()))
+    return codes.to(scale.dtype) * along(scale, axis, codes.dim())
 
 
 @_dequantize.register_fake
@@ -138,18 +136,16 @@ class _FromCodes(nn.Module):
 
     def __init__(self, stored: StoredWeight) -> None:
         super().__init__()
-        self.stored, self.axis, self.has_codes = stored, stored.axis, stored.has_codes
+        self.stored = stored
         self.register_buffer("codes", stored.codes)
         self.register_buffer("scale", stored.scale)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.has_codes:
-            values = _dequantize(self.codes, self.scale, self.axis)
+        if self.stored.has_codes:
+            values = _dequantize(self.codes, self.scale, self.stored.axis)
         else:
-            shape = [1] * self.codes.dim()
-            shape[self.axis] = -1
-            values = self.codes * (self.scale.reshape(shape) if self.scale.numel() > 1 else self.scale)
-        return values.t() if self.axis else values
+            values = self.codes * along(self.scale, self.stored.axis, self.codes.dim())
+        return values.t() if self.stored.axis else values
 
 
 class _Inputs(nn.Module):

@@ -11,7 +11,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from lq.exporting.graph import UnsupportedError
-from lq.exporting.onnx_weights import StoredWeight
+from lq.exporting.onnx_weights import StoredWeight, along
 
 __all__ = ["finish"]
 
@@ -38,6 +38,9 @@ def finish(proto: onnx.ModelProto, weights: Mapping[str, StoredWeight]) -> onnx.
     for node in list(graph.nodes):
         if node.op_type == "DequantizeLinear" and node.input[0] in weights:
             graph.place(node, weights[node.input[0]])
+    for node in list(graph.nodes):
+        if node.op_type in _CONVOLUTIONS:
+            graph.separate_bias(node)
     kept = {id(stored) for name, stored in weights.items() if name in graph.constants}
     missing = sorted(name for name, stored in weights.items() if stored.has_codes and id(stored) not in kept)
     if missing:
@@ -107,8 +110,6 @@ class _Graph:
         self.constants[codes] = numpy_helper.from_array(array, codes)
         if stored.table is None and not all(user.op_type in _CONVOLUTIONS for user in users):
             return  # a linear layer's
-        shape = [1] * stored.codes.dim()
-        shape[stored.axis] = -1
         result = node.output[0]
         if stored.table is None:
             levels = self._node("Cast", [codes], result, to=TensorProto.FLOAT)
@@ -117,13 +118,10 @@ class _Graph:
             levels = self._node("Gather", [self._constant(f"{codes}.table", stored.table), index], result, axis=0)
         whole = all(self._between_codes(user, ("QuantizeLinear",)) for user in users)
         if stored.factor is None or stored.integer_scale is None or not whole:
-            by = stored.scale.reshape(shape) if stored.scale.dim() else stored.scale
-            node.CopyFrom(helper.make_node("Mul", [levels, self._constant(f"{scale}.rows", by)], [result]))
-            for user in users:
-                if self._between_codes(user, ("QuantizeLinear", "Relu", "Clip")):
-                    self._separate_bias(user, stored.codes.dim())
+            by = self._constant(f"{scale}.rows", along(stored.scale, stored.axis, stored.codes.dim()))
+            node.CopyFrom(helper.make_node("Mul", [levels, by], [result]))
             return
-        factor = self._constant(f"{codes}.factor", stored.factor.reshape(shape))
+        factor = self._constant(f"{codes}.factor", along(stored.factor, stored.axis, stored.codes.dim()))
         integers, kind = self._node("Mul", [levels, factor], result), TensorProto.INT8
         node.input[1] = self._constant(f"{scale}.integer", stored.integer_scale)
         if stored.saturates:  # products of unsigned numbers are added in 32 bits by all processors
@@ -151,15 +149,20 @@ class _Graph:
         graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in needed)
         return self.proto
 
-    def _separate_bias(self, node: NodeProto, rank: int) -> None:
-        """Take the bias out of a convolution between codes, whose weights and bias runtimes would quantize anew."""
-        (result,) = node.output
+    def separate_bias(self, node: NodeProto) -> None:
+        """Take the bias out of a convolution between codes, whose real weights and bias runtimes would quantize."""
+        weight, (result,) = self.makers.get(node.input[1]), node.output
+        if weight is not None and weight.op_type == "DequantizeLinear":
+            return  # they are quantized
+        if not self._between_codes(node, ("QuantizeLinear", "Relu", "Clip")):
+            return
         given = len(node.input) > 2 and bool(node.input[2])
         bias = self._array(node.input[2]) if given else None
         if given and bias is None:
             return  # it is computed, which keeps runtimes from quantizing it
+        dimensions = next(len(a.ints) for a in node.attribute if a.name == "kernel_shape")
         values = torch.zeros(1) if bias is None else -torch.from_numpy(bias.copy())
-        negative = self._constant(f"{result}.negative_bias", values.reshape(-1, *[1] * (rank - 2)))
+        negative = self._constant(f"{result}.negative_bias", values.reshape(-1, *[1] * dimensions))
         del node.input[2:]
         node.output[0] = f"{result}.sums"
         self.makers[node.output[0]] = node

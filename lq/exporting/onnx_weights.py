@@ -13,7 +13,7 @@ from lq.functional.shift_add import integer_points
 from lq.nn import QuantLayer
 from lq.quantizers import CodebookQuantizer, PointQuantizer
 
-__all__ = ["StoredWeight", "stored_weight"]
+__all__ = ["StoredWeight", "along", "stored_weight"]
 
 _LARGEST = 127  # of an 8-bit integer weight
 _HALF = 64  # up to which 2 * 255 of them fit in 16 bits
@@ -52,14 +52,36 @@ class StoredWeight:
         """Whether processors that add two products in 16 bits could overflow: 255 times two of the integers."""
         if self.factor is None:
             return False
+        return bool((self.largest * self.factor.abs() > _HALF).any())
+
+    @property
+    def largest(self) -> Tensor:
+        """Largest magnitude of a level in each channel of a convolution."""
         levels = self.codes.float() if self.table is None else self.table[self.codes.long()]
-        return bool((levels.flatten(1).abs().amax(1) * self.factor.abs() > _HALF).any())
+        return levels.flatten(1).abs().amax(1)
 
     @property
     def narrow(self) -> bool:
         """Whether four bits hold a code."""
         low, high = (int(end) for end in self.codes.aminmax())
         return self.has_codes and (high < 16 if self.codes.dtype == torch.uint8 else low >= -8 and high < 8)
+
+
+def along(values: Tensor, axis: int, rank: int) -> Tensor:
+    """Values that lie along one axis, in the shape that broadcasts to a tensor of that rank; one number stays one.
+
+    Args:
+        values: shape ``(C,)`` or a scalar.
+        axis: where they belong.
+        rank: of the tensor.
+
+    Returns:
+        The values.
+
+    >>> along(torch.ones(3), 1, 2).shape
+    torch.Size([1, 3])
+    """
+    return values.reshape([-1 if i == axis else 1 for i in range(rank)]) if values.dim() else values
 
 
 def stored_weight(layer: QuantLayer, gain: Tensor | None, *, fold_points: bool, integers: bool) -> StoredWeight:
@@ -114,9 +136,8 @@ def _codes(layer: QuantLayer, fold_points: bool) -> tuple[Tensor, Tensor, Tensor
 def _with_factor(layer: QuantLayer, stored: StoredWeight) -> StoredWeight:
     """Per channel, the factor that keeps levels in 8 bits and puts the bias nearest to a step of the accumulator."""
     inputs, bias = layer.input_quantizer, cast(Tensor | None, layer.bias)
-    levels = stored.codes.float() if stored.table is None else stored.table[stored.codes.long()]
     whole = stored.table is None or bool((stored.table == stored.table.round()).all())
-    largest = levels.flatten(1).abs().amax(1).double().clamp_min(1)
+    largest = stored.largest.double().clamp_min(1)
     if inputs is None or not inputs.is_calibrated or not whole or bool((largest > _LARGEST).any()):
         return stored
     if isinstance(layer, nn.ConvTranspose2d):

@@ -130,6 +130,13 @@ def test_runtimes_compute_in_integers_where_they_may(tmp_path, spec, integers, f
     assert error.max() < 0.02 * float(model(x).detach().abs().max())
 
 
+def test_runtimes_do_not_quantize_values_anew(tmp_path):
+    spec = {"bits": 4, "quantizer": "subset", "granularity": "tensor", "first_last_bits": None}
+    model = quantized(Chain(), SHAPE, **spec)
+    path = write_onnx(model, tmp_path / "net.onnx", SHAPE, fold_points=True)
+    assert "QLinearConv" not in operators(path, tmp_path)
+
+
 def test_integers_of_8_bits_stand_for_the_same_weights():
     model = quantized(Chain(), SHAPE, bits=4, granularity="channel")
     layer = model.depthwise
