@@ -76,12 +76,13 @@ def save(
         "layers": layers,
         "caps": caps,
         "biases": biases,
-        "buffers": loose_dtypes(network),
         "fixed": [path for path, layer in named_quantized_layers(network).items() if _computes_weight(layer)],
         "input": dict(input or {}),
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
         "provenance": {**versions(), **(provenance or {})},
     }
+    if loose := loose_dtypes(network):
+        header["buffers"] = loose
     _check_architecture(header, tensors)
     return write_artifact(path, tensors, header)
 

@@ -41,16 +41,17 @@ def _plain(layer: QuantLayer) -> bool:
 
 
 @torch.no_grad()
-def _rows(model: nn.Module, x: Tensor) -> set[str]:
-    """Paths of the linear layers that act on more than one vector of each input."""
-    found, linear = set(), {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
+def _rows(model: nn.Module, linear: list[str], x: Tensor) -> set[str]:
+    """Those of the linear layers that act on more than one vector of each input."""
+    found: set[str] = set()
 
     def look(path: str) -> Any:
         return lambda _, given, result: result.dim() > 2 and found.add(path)
 
-    handles = [module.register_forward_hook(look(path)) for path, module in linear.items()]
+    handles = [model.get_submodule(path).register_forward_hook(look(path)) for path in linear]
     try:
-        model(x)
+        if linear:
+            model(x)
     finally:
         for handle in handles:
             handle.remove()
@@ -69,8 +70,10 @@ def fold_away(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     Returns:
         Path of each layer to the gain that its weight has yet to be multiplied by, float64 ``(O,)``.
     """
-    gains, rows = {}, _rows(model, x)
-    for path, chain in trace_chains(model)[0].items():
+    chains = trace_chains(model)[0]
+    normed = [p for p, chain in chains.items() if chain.norm and isinstance(model.get_submodule(p), nn.Linear)]
+    gains, rows = {}, _rows(model, normed, x)
+    for path, chain in chains.items():
         layer = model.get_submodule(path)
         if path in rows:  # a norm behind such a layer has its channels on another axis
             continue

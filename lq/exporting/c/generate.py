@@ -91,6 +91,7 @@ class _Writer:
             "LQ_ACC": accumulators,
             "LQ_LINE": line,
             "LQ_TAPS": taps,
+            "LQ_BLOCK": BLOCK,
             "LQ_GROUPS": GROUPS,
             "LQ_FLASH": self.constants.flash,
             "LQ_RAM": ram,

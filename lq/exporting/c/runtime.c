@@ -9,13 +9,13 @@
 static uint32_t acc[LQ_ACC]; /* unsigned: what is never looked at may wrap around */
 static int32_t line[LQ_LINE]; /* a row of results */
 static int32_t offsets[LQ_TAPS];
-static int16_t factors[LQ_TAPS];       /* weights; with shifters what the table says of each code */
-static int32_t starts[LQ_GROUPS + 1];     /* with shifters, where the taps of each group begin */
+static int16_t factors[LQ_TAPS];        /* weights; with shifters what the table says of each code */
+static int32_t starts[LQ_GROUPS + 1];   /* with shifters, where the taps of each group begin */
 
-/* Sixteen results at a time; those behind the last are computed from whatever lies there, and never looked at. */
+/* LQ_BLOCK results at a time; those behind the last are computed from whatever lies there, and never looked at. */
 #define BLOCKS                                                                                                     \
-    for (j = 0; j < n; j += 16)                                                                                    \
-        for (k = j; k < j + 16; k++)
+    for (j = 0; j < n; j += LQ_BLOCK)                                                                              \
+        for (k = j; k < j + LQ_BLOCK; k++)
 
 #define EIGHT(TYPE)                                                                                                \
     const TYPE *p0 = x + o[i], *p1 = x + o[i + 1], *p2 = x + o[i + 2], *p3 = x + o[i + 3];                         \
@@ -56,7 +56,7 @@ static int32_t starts[LQ_GROUPS + 1];     /* with shifters, where the taps of ea
         const int16_t *f = factors;                                                                                \
         int i = 0, j, k;                                                                                           \
         if (l->shifters)                                                                                           \
-            for (int group = 0; group < LQ_GROUPS; group++) {                                                         \
+            for (int group = 0; group < LQ_GROUPS; group++) {                                                      \
                 const int place = group >> 1, end = starts[group + 1];                                             \
                 if (group & 1) { SHIFTED(TYPE, SUM, -=) }                                                          \
                 else { SHIFTED(TYPE, SUM, +=) }                                                                    \
