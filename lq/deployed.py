@@ -1,5 +1,6 @@
 """Networks in every form they are deployed in, each as a function of images."""
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 from lq.checkpoints import load_from_checkpoint
 from lq.classifier import Classifier
-from lq.exporting import IntegerNetwork, load_with_header, network_of
+from lq.exporting import IntegerNetwork, architecture_of, load_with_header, network_of
 from lq.exporting.c import CProgram
 
-__all__ = ["INTEGER", "Deployed", "open_deployed"]
+__all__ = ["INTEGER", "Deployed", "load_network", "open_deployed"]
 
 INTEGER = "integer:"
 
@@ -28,7 +29,7 @@ class Deployed:
         bytes: of its file; of a C network its constants; of a float network its parameters.
         run: images ``(N, C, H, W)`` to logits ``(N, classes)``.
         shape: of one image, where it says so.
-        seconds: what it has spent by its own clock, where starting it costs time that does not count; None else.
+        clock: seconds, from any start; a clock of its own where starting it costs time that does not count.
     """
 
     name: str
@@ -36,7 +37,23 @@ class Deployed:
     bytes: int
     run: Callable[[Tensor], Tensor]
     shape: tuple[int, ...] | None = None
-    seconds: Callable[[], float] | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+
+def load_network(path: Path, allow: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+    """A quantized network from a checkpoint or an artifact.
+
+    Args:
+        path: of the file.
+        allow: import paths that an artifact may call.
+
+    Returns:
+        The network, in evaluation mode, and what the file says: architecture, input, metrics.
+    """
+    if path.suffix != ".ckpt":
+        return load_with_header(path, allow)
+    module = load_from_checkpoint(Classifier, path, map_location="cpu")
+    return network_of(module).eval(), {"architecture": architecture_of(module), "input": {}, "metrics": {}}
 
 
 def open_deployed(file: str, shape: tuple[int, ...], allow: Collection[str] = ()) -> Deployed:
@@ -70,7 +87,8 @@ def open_deployed(file: str, shape: tuple[int, ...], allow: Collection[str] = ()
 def _open(file: str, path: Path, shape: tuple[int, ...], allow: Collection[str]) -> Deployed:
     size = path.stat().st_size
     if path.suffix in (".ckpt", ".safetensors"):
-        network, given = _network(path, allow)
+        network, header = load_network(path, allow)
+        given = tuple(header.get("input", {}).get("shape", ())) or None
         if file.startswith(INTEGER):
             return Deployed(file, "integer", size, IntegerNetwork(network, given or shape), given)
         return Deployed(file, "checkpoint" if path.suffix == ".ckpt" else "artifact", size, network, given)
@@ -82,14 +100,6 @@ def _open(file: str, path: Path, shape: tuple[int, ...], allow: Collection[str])
         program = CProgram(path)
         return Deployed(file, "c", program.input["flash"], program, program.shape, lambda: program.seconds)
     raise ValueError(f"files must end in .ckpt, .lq.safetensors, .onnx or .c, or be programs, got {file!r}")
-
-
-def _network(path: Path, allow: Collection[str]) -> tuple[nn.Module, tuple[int, ...] | None]:
-    if path.suffix == ".ckpt":
-        return network_of(load_from_checkpoint(Classifier, path, map_location="cpu")).eval(), None
-    network, header = load_with_header(path, allow)
-    shape = header.get("input", {}).get("shape")
-    return network, tuple(shape) if shape else None
 
 
 def _onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...] | None]:

@@ -1,6 +1,5 @@
 """Deployed networks side by side: accuracy, agreement, size and speed on the same images."""
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,19 +63,12 @@ class EvaluationReport:
 
     def __str__(self) -> str:
         """A table; the last columns say how often two networks gave the same class."""
-        rows = [
-            (
-                f"{i + 1}",
-                row.name,
-                row.kind,
-                f"{row.right / self.images:.2%}",
-                f"{row.bytes:,}",
-                f"{self.images / max(row.seconds, 1e-9):.0f}",
-                *(f"{same / self.images:.2%}" for same in row.same),
-            )
-            for i, row in enumerate(self.rows)
-        ]
         same = [f"same as {i + 1}" for i in range(len(self.rows))]
+        rows = []
+        for i, row in enumerate(self.to_dicts()):
+            name, kind, accuracy, size, speed, *agreement = row.values()
+            shares = [f"{share:.2%}" for share in agreement]
+            rows.append((f"{i + 1}", name, kind, f"{accuracy:.2%}", f"{size:,}", f"{speed:.0f}", *shares))
         table = format_table(("", "network", "kind", "accuracy", "bytes", "images/s", *same), rows)
         return f"{table}\n\n{self.images:,} images; accuracy has a standard error of {self._error():.2%}"
 
@@ -132,9 +124,9 @@ def evaluate(
 
 
 def _classes(network: Deployed, row: EvaluationRow, x: Tensor) -> Tensor:
-    start = time.perf_counter() if network.seconds is None else network.seconds()
+    start = network.clock()
     logits = network.run(x)
-    row.seconds += (time.perf_counter() if network.seconds is None else network.seconds()) - start
+    row.seconds += network.clock() - start
     return logits.argmax(1).cpu()
 
 

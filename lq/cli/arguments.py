@@ -8,7 +8,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lq.cli.help import field_lines
+from lq.cli.fields import field_lines
 
 __all__ = ["parse", "usage"]
 

@@ -1,6 +1,5 @@
 """The configuration of ``lq train``: its schema, and how it becomes objects."""
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lq.callbacks import AnnealSpec, LearnedQuantization
 from lq.classifier import Classifier
+from lq.cli.fields import doc
 from lq.cli.schema import schema
 from lq.data import CIFAR10Data, DigitsData, ImageFolderData, ImagePackData
 from lq.experiment import Settings
@@ -21,22 +21,7 @@ from lq.models import create_model
 from lq.spec import QuantSpec
 from lq.tracking.mlflow import mlflow_logger
 
-__all__ = ["GROUPS", "TrainConfig", "build", "doc", "given_overrides", "named_loggers", "register"]
-
-
-def doc(text: str, default: Any) -> Any:
-    """Field of a schema with its line of documentation.
-
-    Args:
-        text: for the help.
-        default: of the field.
-
-    Returns:
-        The dataclass field.
-    """
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: copy.copy(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+__all__ = ["GROUPS", "TrainConfig", "build", "given_overrides", "named_loggers", "register"]
 
 
 @dataclass

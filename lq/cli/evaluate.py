@@ -9,7 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lq._paths import home
-from lq.cli.config import GROUPS, doc, given_overrides, named_loggers, register
+from lq.cli.config import GROUPS, given_overrides, named_loggers, register
+from lq.cli.fields import doc
 from lq.cli.terminal import print_ui_command, quiet
 from lq.deployed import Deployed, open_deployed
 from lq.evaluation import EvaluationReport, evaluate

@@ -9,25 +9,21 @@ from typing import Any
 from omegaconf import MISSING
 from torch import nn
 
-from lq.checkpoints import load_from_checkpoint
-from lq.classifier import Classifier
 from lq.cli.arguments import parse, usage
-from lq.cli.config import doc
+from lq.cli.fields import doc
+from lq.deployed import load_network
 from lq.exporting import (
     ArtifactError,
     IntegerNetwork,
     UnsupportedError,
-    architecture_of,
     check_accumulators,
     integer_cost,
-    load_with_header,
-    network_of,
     repair_accumulators,
     save,
 )
 from lq.exporting.inspect import describe
 
-__all__ = ["ExportConfig", "export", "inspect", "load_network"]
+__all__ = ["ExportConfig", "export", "inspect"]
 
 TARGETS = ("artifact", "c", "onnx")
 OVERFLOWS = ("refuse", "repair")
@@ -51,24 +47,6 @@ class ExportConfig:
     fold_points: bool = doc("write weights of points as constants instead of codes and a table (onnx).", False)
 
 
-def load_network(path: str, allow: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
-    """A quantized network from a checkpoint or an artifact.
-
-    Args:
-        path: of the file.
-        allow: import paths that an artifact may call.
-
-    Returns:
-        The network, in evaluation mode, and what the file says: architecture, input, metrics.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint must be a file, got {path!r} which does not exist")
-    if Path(path).suffix == ".ckpt":
-        module = load_from_checkpoint(Classifier, path, map_location="cpu")
-        return network_of(module), {"architecture": architecture_of(module), "input": {}, "metrics": {}}
-    return load_with_header(path, allow)
-
-
 def export(arguments: Sequence[str]) -> None:
     """Run ``lq export``.
 
@@ -82,7 +60,9 @@ def export(arguments: Sequence[str]) -> None:
     for name, allowed in (("target", TARGETS), ("overflow", OVERFLOWS)):
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}: choose one of those")
-    network, header = load_network(config.checkpoint, list(config.allow))
+    if not Path(config.checkpoint).is_file():
+        raise FileNotFoundError(f"checkpoint must be a file, got {config.checkpoint!r} which does not exist")
+    network, header = load_network(Path(config.checkpoint), config.allow)
     shape = tuple(config.shape) or tuple(header["input"].get("shape", ()))
     if config.target == "artifact":
         given = {**header["input"], **({"shape": list(shape)} if shape else {})}

@@ -1,19 +1,16 @@
-"""``lq train --help`` and ``lq search --help``: groups and fields with one line each, read from the schemas."""
+"""``--help`` of the commands that Hydra runs: groups and fields with one line each, read from the schemas."""
 
 import dataclasses
-import textwrap
 from typing import Any
-
-from omegaconf import MISSING
 
 from lq._paths import home
 from lq.cli.config import GROUPS, TrainConfig
 from lq.cli.evaluate import EVALUATE_GROUPS, EvaluateConfig
+from lq.cli.fields import entry, field_lines
 from lq.cli.search_config import SEARCH_GROUPS, SearchConfig
 
-__all__ = ["field_lines", "help_text"]
+__all__ = ["help_text"]
 
-_WIDTH = 118
 _TRAIN = """\
 lq train: train a quantized network, float stage first if asked, tracked in MLflow.
 
@@ -65,8 +62,8 @@ def help_text(command: str) -> str:
     lines = [head, "Groups (GROUP=OPTION):"]
     if command != "evaluate":
         recipes = [r for r in _options(home() / "recipes") if r.startswith("search_") == (command == "search")]
-        lines.append(_entry("recipes", ", ".join(recipes)))
-    lines += [_entry(group, ", ".join(_options(home() / "conf" / group))) for group in names]
+        lines.append(entry("recipes", ", ".join(recipes)))
+    lines += [entry(group, ", ".join(_options(home() / "conf" / group))) for group in names]
     lines += ["", "Fields of the top level:", *field_lines(top, "")]
     for group, schemas in groups.items():
         for name, node in schemas.items():
@@ -81,33 +78,3 @@ def _groups() -> list[str]:
 
 def _options(folder: Any) -> list[str]:
     return sorted(p.stem for p in folder.glob("*.yaml"))
-
-
-def field_lines(node: type[Any], prefix: str) -> list[str]:
-    """A line for each field of a schema that has help.
-
-    Args:
-        node: a dataclass.
-        prefix: of the names.
-
-    Returns:
-        Name, sentence and default.
-    """
-    lines = []
-    for f in dataclasses.fields(node):
-        if f.name == "_target_" or "help" not in f.metadata:
-            continue
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        shown = "required" if default == MISSING else f"default {_plain(default)}"
-        sentence = f.metadata["help"].split(". ")[0].rstrip(".")
-        lines.append(_entry(prefix + f.name, f"{sentence} [{shown}]" if sentence else f"[{shown}]"))
-    return lines
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _entry(name: str, text: str) -> str:
-    head = f"  {name:<36} "
-    return textwrap.fill(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))

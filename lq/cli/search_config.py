@@ -8,7 +8,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from lq.cli.config import GROUPS, doc, given_overrides, named_loggers
+from lq.cli.config import GROUPS, given_overrides, named_loggers
+from lq.cli.fields import doc
 from lq.cli.schema import schema
 from lq.search_experiment import SearchSettings
 from lq.search_spec import SearchSpec
