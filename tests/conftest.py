@@ -14,7 +14,8 @@ torch.set_num_threads(1)
 def _reproducible(monkeypatch: pytest.MonkeyPatch):
     """The same random numbers in every test, no store or sweep inherited from the shell, no process group left over."""
     for name in ("MLFLOW_TRACKING_URI", "LQ_PARENT_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what MLflow leaves there is gone before the next module's fixtures
+        monkeypatch.delenv(name)
     torch.manual_seed(0)
     yield
     assert not torch.distributed.is_initialized(), "a test left its process group behind"
