@@ -4,9 +4,8 @@
 
 Weights and inputs have the same width, the first and last layer 8 bits; quantized after training with error
 feedback and bias correction on 512 training images. Points (`subset`) run on shifters, uniform levels on multipliers.
-Speeds are
-ratios: medians of interleaved runs in one process, one thread. "double" is the same network in float64: how often it
-gives the class of the float32 one is how much agreement any other order of summation can have.
+Speeds are ratios: medians of interleaved runs in one process, one thread. "double" is the same network in float64: how
+often it gives the class of the float32 one is how much agreement any other order of summation can have.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import timm
 import torch
 from search_table import network
 from torch import nn
@@ -155,13 +155,24 @@ def c_seconds_per_image(program: CProgram, x: torch.Tensor) -> float:
 
 
 def packing() -> None:
-    """Gigabytes of codes per second, one thread."""
+    """Gigabytes of codes per second, one thread, as many codes as a large layer has."""
     for bits in range(2, 9):
-        codes = torch.randint(0, 2**bits, (1 << 25,), dtype=torch.uint8)
+        codes = torch.randint(0, 2**bits, (1 << 22,), dtype=torch.uint8)
         packed = pack(codes, bits)
-        runs = {"pack": lambda c=codes, b=bits: pack(c, b), "unpack": lambda p=packed, b=bits: unpack(p, b, 1 << 25)}
-        spent = median_seconds(runs, 7)
+        runs = {"pack": lambda c=codes, b=bits: pack(c, b), "unpack": lambda p=packed, b=bits: unpack(p, b, 1 << 22)}
+        spent = median_seconds(runs, 51)
         print(f"{bits} bits: " + ", ".join(f"{name} {codes.numel() / s / 1e9:.2f} GB/s" for name, s in spent.items()))
+
+
+def loading() -> None:
+    """Seconds to load ResNet-50, 25 million weights at 4 bits, one thread."""
+    model = timm.create_model("resnet50", pretrained=False)
+    lq.quantize_model(model, lq.QuantSpec(bits=4))
+    with tempfile.TemporaryDirectory() as folder:
+        architecture = {"name": "resnet50", "num_classes": 1000}
+        path = lq.save(model, Path(folder) / "net.lq.safetensors", architecture=architecture)
+        seconds = median_seconds({"load": lambda: lq.load(path)}, 9)["load"]
+        print(f"ResNet-50, {path.stat().st_size / 1e6:.1f} MB: loaded in {seconds:.2f} s")
 
 
 def main() -> None:
@@ -171,11 +182,12 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", choices=["uniform", "subset"], default=["uniform", "subset"])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--images", type=int, default=10_000, help="of the test set [%(default)s]")
-    parser.add_argument("--packing", action="store_true", help="speed of packing alone")
+    parser.add_argument("--packing", action="store_true", help="speed of packing and loading alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.packing:
         packing()
+        loading()
         return
     done = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
     for bits in options.bits:

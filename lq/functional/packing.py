@@ -13,7 +13,8 @@ from torch import Tensor
 
 __all__ = ["pack", "packed_bytes", "unpack"]
 
-_CHUNK = 1 << 15  # words at a time: they and what is made of them stay in the cache
+_COLUMNS = [(torch.int32, 4), (torch.int16, 2), (torch.uint8, 1)]  # type and bytes
+_CHUNK = 1 << 17  # words at a time: many to a call, and what is made of them stays in the cache
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -123,8 +124,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _copy_bytes(to: Tensor, source: Tensor, count: int) -> None:
-    """The first bytes of every row, one column after the other: twice as fast as all at once."""
-    for i in range(count):
+    """The first bytes of every row, one wide column after the other: faster than all at once."""
+    wide, size = next((kind, size) for kind, size in _COLUMNS if count % size == 0)
+    to, source = to.view(wide), source.view(wide)
+    for i in range(count // size):
         to[:, i].copy_(source[:, i])
 
 
