@@ -103,34 +103,77 @@ class _Graph:
 
     def place(self, node: NodeProto, stored: StoredWeight) -> None:
         """Write a weight as the layers that take it need it: as integers, or as what a constant folds to in float."""
-        users, (codes, scale) = self.users(node.output[0]), node.input[:2]
+        codes, scale = node.input[:2]
         array = stored.codes.numpy()
         if stored.narrow:
             array = array.astype(ml_dtypes.uint4 if array.dtype == np.uint8 else ml_dtypes.int4)
         self.constants[codes] = numpy_helper.from_array(array, codes)
-        if stored.table is None and not all(user.op_type in _CONVOLUTIONS for user in users):
-            return  # a linear layer's
         result = node.output[0]
         if stored.table is None:
             levels = self._node("Cast", [codes], result, to=TensorProto.FLOAT)
         else:
             index = self._node("Cast", [codes], result, to=TensorProto.INT32)
             levels = self._node("Gather", [self._constant(f"{codes}.table", stored.table), index], result, axis=0)
-        whole = all(self._between_codes(user, ("QuantizeLinear",)) for user in users)
-        if stored.factor is None or stored.integer_scale is None or not whole:
+        if stored.whole and stored.axis:
+            self._turn_back(node)
+        users = self.users(result)
+        if stored.whole and all(self._product_of_codes(user, result) for user in users):
+            node.input[1], integers = self._constant(f"{scale}.integer", stored.scale), levels
+        elif stored.integer_scale is not None and all(self._between_codes(u, ("QuantizeLinear",)) for u in users):
+            assert stored.factor is not None
+            factor = self._constant(f"{codes}.factor", along(stored.factor, stored.axis, stored.codes.dim()))
+            integers = self._node("Mul", [levels, factor], result)
+            node.input[1] = self._constant(f"{scale}.integer", stored.integer_scale)
+        else:
             by = self._constant(f"{scale}.rows", along(stored.scale, stored.axis, stored.codes.dim()))
             node.CopyFrom(helper.make_node("Mul", [levels, by], [result]))
             return
-        factor = self._constant(f"{codes}.factor", along(stored.factor, stored.axis, stored.codes.dim()))
-        integers, kind = self._node("Mul", [levels, factor], result), TensorProto.INT8
-        node.input[1] = self._constant(f"{scale}.integer", stored.integer_scale)
+        kind = TensorProto.INT8
         if stored.saturates:  # products of unsigned numbers are added in 32 bits by all processors
             shift, kind = self._constant(f"{codes}.shift", torch.tensor(128.0)), TensorProto.UINT8
             integers = self._node("Add", [integers, shift], result)
-            zeros = np.full(tuple(stored.integer_scale.shape), 128, dtype=np.uint8)
+            zeros = np.full(tuple(stored.scale.shape), 128, dtype=np.uint8)
             self.constants[f"{codes}.zeros"] = numpy_helper.from_array(zeros, f"{codes}.zeros")
             node.input.append(f"{codes}.zeros")
         node.input[0] = self._node("Cast", [integers], result, to=kind)
+
+    def _turn_back(self, node: NodeProto) -> None:
+        """Let products take a linear layer's weight as it is stored, (K, N): what is turned in between is not fused."""
+        (weight,) = node.output
+        for turned in self.users(weight):
+            if turned.op_type != "Transpose":
+                continue
+            for user in self.users(turned.output[0]):
+                if user.op_type == "Transpose":
+                    for taker in self.users(user.output[0]):
+                        taker.input[list(taker.input).index(user.output[0])] = weight
+                    self.nodes.remove(user)
+                elif user.op_type == "Gemm" and self._takes_codes(user):
+                    self._separate_product(user, weight)
+            if not self.users(turned.output[0]):
+                self.nodes.remove(turned)
+
+    def _separate_product(self, gemm: NodeProto, weight: str) -> None:
+        """A linear layer as a product, which runtimes fuse with the codes of both sides, and the bias behind it."""
+        (result,) = gemm.output
+        bias = self._array(gemm.input[2]) if len(gemm.input) > 2 else np.zeros(1, dtype=np.float32)
+        if bias is None:
+            return
+        negative = self._constant(f"{result}.negative_bias", -torch.from_numpy(bias.copy()))
+        made = [
+            helper.make_node("MatMul", [gemm.input[0], weight], [f"{result}.products"]),
+            helper.make_node("Sub", [f"{result}.products", negative], [result]),  # an addition would be fused back
+        ]
+        position = self.nodes.index(gemm)
+        self.nodes[position : position + 1] = made
+        self.makers |= {part.output[0]: part for part in made}
+
+    def _takes_codes(self, node: NodeProto) -> bool:
+        before = self.makers.get(node.input[0])
+        return before is not None and before.op_type == "DequantizeLinear"
+
+    def _product_of_codes(self, node: NodeProto, weight: str) -> bool:
+        return node.op_type == "MatMul" and node.input[1] == weight and self._takes_codes(node)
 
     def written(self) -> onnx.ModelProto:
         """The model with what its outputs follow from, without notes on where each came from: those are long."""

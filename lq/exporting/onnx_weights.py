@@ -50,15 +50,19 @@ class StoredWeight:
     @property
     def saturates(self) -> bool:
         """Whether processors that add two products in 16 bits could overflow: 255 times two of the integers."""
-        if self.factor is None:
-            return False
-        return bool((self.largest * self.factor.abs() > _HALF).any())
+        return bool((self.largest * (1 if self.factor is None else self.factor.abs()) > _HALF).any())
+
+    @property
+    def whole(self) -> bool:
+        """Whether runtimes can take the levels for 8-bit integers and the scale for theirs."""
+        fits = self.has_codes and bool((self.largest <= _LARGEST).all()) and bool((self.scale > 0).all())
+        return fits and (self.table is None or bool((self.table == self.table.round()).all()))
 
     @property
     def largest(self) -> Tensor:
-        """Largest magnitude of a level in each channel of a convolution."""
+        """Largest magnitude of a level in each channel."""
         levels = self.codes.float() if self.table is None else self.table[self.codes.long()]
-        return levels.flatten(1).abs().amax(1)
+        return levels.movedim(self.axis, 0).flatten(1).abs().amax(1)
 
     @property
     def narrow(self) -> bool:
@@ -145,9 +149,10 @@ def _with_factor(layer: QuantLayer, stored: StoredWeight) -> StoredWeight:
     scale = stored.scale.double().expand(len(largest))
     added = torch.zeros_like(scale) if bias is None else bias.detach().double()
     step = positive(inputs.quantizer.scale.detach()).double()
-    tried = torch.arange(1, _LARGEST + 1, dtype=torch.float64).reshape(-1, 1)
+    end = _HALF if bool((largest <= _HALF).all()) else _LARGEST  # signed numbers are faster where they are right
+    tried = torch.arange(1, end + 1, dtype=torch.float64).reshape(-1, 1)
     target = added / (step * scale.abs()).clamp_min(1e-300) * tried  # the bias in steps of the accumulator
-    allowed = (tried * largest <= _LARGEST) & (2 * tried * largest >= _LARGEST - largest) & (target.abs() < 2**30)
+    allowed = (tried * largest <= end) & (2 * tried * largest >= end - largest) & (target.abs() < 2**30)
     miss = ((target - target.round()).abs() / tried).masked_fill(~allowed, torch.inf)
     dead = ~allowed.any(0)  # weights that are nothing beside the bias, which alone decides on the steps
     factor = torch.where(dead, torch.zeros_like(scale), tried[miss.argmin(0), 0] * scale.sign())

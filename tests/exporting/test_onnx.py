@@ -130,6 +130,37 @@ def test_runtimes_compute_in_integers_where_they_may(tmp_path, spec, integers, f
     assert error.max() < 0.02 * float(model(x).detach().abs().max())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (5, 24)])
+@pytest.mark.parametrize("spec", [{"bits": 8}, {"bits": 7}, {"bits": 4}, {"bits": 4, "quantizer": "subset"}])
+def test_linear_layers_are_products_of_integers_without_overflow(tmp_path, spec, shape, bias):
+    model = nn.Sequential(nn.Linear(24, 16, bias=bias), nn.ReLU(), nn.Linear(16, 3, bias=bias))
+    for layer in (model[0], model[2]):
+        layer.weight.data = layer.weight.abs()  # sums of products all of one sign
+    model = quantized(model, shape, first_last_bits=None, granularity="channel", activation_bits=8, **spec)
+    path = write_onnx(model, tmp_path / "net.onnx", shape)
+    found = operators(path, tmp_path)
+    assert sum(found.count(kind) for kind in ("MatMulIntegerToFloat", "QLinearMatMul")) == 2, found
+    x = 3 * torch.rand(8, *shape)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    y = session(path).run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(y, expected, atol=1e-5 * float(np.abs(expected).max()), rtol=0)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(7, "INT8"), (8, "UINT8")])
+def test_signed_integers_are_used_where_no_processor_overflows(tmp_path, bits, kind):
+    model = quantized(Chain(), SHAPE, bits=bits, activation_bits=8, first_last_bits=None)
+    write_onnx(model, tmp_path / "net.onnx", SHAPE)
+    operators(tmp_path / "net.onnx", tmp_path)
+    proto = onnx.load(tmp_path / "optimized.onnx")
+    (weight,) = {n.input[3] for n in proto.graph.node if n.op_type == "QLinearConv" and len(n.input) > 3} & {
+        i.name for i in proto.graph.initializer if list(i.dims) == [8, 1, 3, 3]
+    }
+    found = next(i for i in proto.graph.initializer if i.name == weight)
+    assert onnx.TensorProto.DataType.Name(found.data_type) == kind
+
+
 def test_runtimes_do_not_quantize_values_anew(tmp_path):
     spec = {"bits": 4, "quantizer": "subset", "granularity": "tensor", "first_last_bits": None}
     model = quantized(Chain(), SHAPE, **spec)
