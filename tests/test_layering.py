@@ -20,7 +20,8 @@ LAYERS = [
     {"metrics", "tracking", "exporting", "checkpoints"},
     {"data", "classifier"},
     {"callbacks", "flavour", "runs", "deployed"},
-    {"experiment", "search_experiment", "evaluation"},
+    {"evaluation"},
+    {"experiment", "search_experiment", "evaluation_experiment"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

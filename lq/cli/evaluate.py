@@ -13,13 +13,11 @@ from lq.cli.config import GROUPS, given_overrides, named_loggers, register
 from lq.cli.fields import doc
 from lq.cli.terminal import print_ui_command, quiet
 from lq.deployed import Deployed, open_deployed
-from lq.evaluation import EvaluationReport, evaluate
+from lq.evaluation_experiment import EvaluationSettings, run_evaluation
 from lq.models import create_model
-from lq.runs import input_of, store_files, tracked
-from lq.tracking import log_rows, log_text
-from lq.tracking.evaluation_figure import evaluation_figure
+from lq.runs import input_of
 
-__all__ = ["EVALUATE_GROUPS", "EvaluateConfig", "main", "run_evaluation"]
+__all__ = ["EVALUATE_GROUPS", "EvaluateConfig", "build_evaluation", "main"]
 
 
 @dataclass
@@ -41,14 +39,14 @@ class EvaluateConfig:
 EVALUATE_GROUPS: dict[str, dict[str, type[Any]]] = {name: GROUPS[name] for name in ("model", "data", "logger")}
 
 
-def run_evaluation(config: DictConfig) -> EvaluationReport:
-    """Open, run, compare and log.
+def build_evaluation(config: DictConfig) -> EvaluationSettings:
+    """What a configuration describes.
 
     Args:
         config: composed by Hydra.
 
     Returns:
-        The figures.
+        The settings, networks opened.
 
     Raises:
         ValueError: where there is nothing to evaluate.
@@ -62,18 +60,13 @@ def run_evaluation(config: DictConfig) -> EvaluationReport:
     shape = tuple(input_of(data)["shape"])
     networks = [_float(plain["model"], shape)] if plain["model"] else []
     networks += [open_deployed(file, shape, plain["allow"]) for file in plain["files"]]
-    loggers = named_loggers(config, " ".join(network.name for network in networks)[:200])
-    with tracked(loggers, {**plain, "overrides": given_overrides()}):
-        report = evaluate(networks, data.test_dataloader(), images=plain["images"])
-        rows = report.to_dicts()
-        for logger in loggers:
-            for i, row in enumerate(rows):
-                numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-                logger.log_metrics({f"network_{i + 1}/{name}": value for name, value in numbers.items()})
-        log_text(loggers, "lq/evaluation.txt", str(report))
-        log_rows(loggers, "lq/evaluation.json", rows)
-        store_files(loggers, [], {"evaluation.png": evaluation_figure(rows)})
-    return report
+    return EvaluationSettings(
+        networks,
+        data,
+        images=plain["images"],
+        loggers=named_loggers(config, " ".join(network.name for network in networks)[:200]),
+        description={**plain, "overrides": given_overrides()},
+    )
 
 
 def _float(model: dict[str, Any], shape: tuple[int, ...]) -> Deployed:
@@ -94,7 +87,7 @@ def main(config: DictConfig) -> None:
         config: composed by Hydra.
     """
     quiet()
-    print(run_evaluation(config))
+    print(run_evaluation(build_evaluation(config)))
     print_ui_command(config)
 
 
