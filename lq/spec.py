@@ -16,7 +16,7 @@ ACTIVATIONS = ("auto", "signed", "unsigned", None)
 FORWARDS = ("soft", "hard")
 GRANULARITIES = ("tensor", "channel")
 SCALE_GRADIENTS = ("straight_through", "exact")
-POINT_QUANTIZERS = ("subset", "codebook")
+POINT_QUANTIZERS = ("subset", "codebook", "log2", "dlq")
 ACTIVATION_LEVELS = ("uniform", "subset")
 
 
@@ -43,7 +43,8 @@ class LayerSpec:
         grid: "mid_tread" (zero is a level) or "mid_rise" (levels at +-s/2, +-3s/2, ...), for weights.
         granularity: one weight scale per "tensor" or per output "channel".
         quantizer: name of the method: "soft" (annealed soft staircase), "lsq" (hard, straight-through), "subset" (the
-            staircase onto the best subset of candidates) or "codebook" (onto free levels).
+            staircase onto the best subset of candidates), "codebook" (onto free levels), or another one of those that
+            `lq quantizers` lists.
         forward: what training sees of the weights: "soft", or "hard" (rounded, with the staircase's derivative).
         activation_forward: "hard" (rounded, straight-through gradient) or "soft" (the staircase) for activations.
         scale_init: first scales from data: "mse", "lsq", "max" or "percentile".

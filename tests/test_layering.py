@@ -14,7 +14,7 @@ LAYERS = [
     {"spec"},
     {"search_spec"},
     {"quantizers"},
-    {"nn", "models"},
+    {"nn", "models", "testing"},
     {"surgery", "calibration", "network", "scale_rules"},
     {"point_search"},
     {"metrics", "tracking", "exporting", "checkpoints"},

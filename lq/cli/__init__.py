@@ -7,14 +7,15 @@ from importlib import import_module
 __all__ = ["main"]
 
 _USAGE = """\
-usage: lq {train,search,export,evaluate,inspect,compare} ...
+usage: lq {train,search,export,evaluate,inspect,compare,quantizers} ...
 
-  train     train a quantized network, or a sweep of them       lq train --help
-  search    quantize a trained network without training it      lq search --help
-  export    write a network as a packed file, as C or as ONNX   lq export --help
-  evaluate  run networks in all their forms side by side        lq evaluate --help
-  inspect   print what a packed file holds                      lq inspect --help
-  compare   print the runs of a sweep side by side              lq compare --help
+  train       train a quantized network, or a sweep of them       lq train --help
+  search      quantize a trained network without training it      lq search --help
+  export      write a network as a packed file, as C or as ONNX   lq export --help
+  evaluate    run networks in all their forms side by side        lq evaluate --help
+  inspect     print what a packed file holds                      lq inspect --help
+  compare     print the runs of a sweep side by side              lq compare --help
+  quantizers  list the methods to quantize with
 """
 
 
@@ -25,6 +26,10 @@ def main() -> None:
         from lq.cli.compare import main as compare
 
         compare(rest)
+    elif command == "quantizers":
+        from lq.cli.quantizers import main as quantizers
+
+        quantizers(rest)
     elif command in ("export", "inspect"):
         from lq.cli.export import run
 
@@ -35,7 +40,8 @@ def main() -> None:
         print(_USAGE, end="")
     else:
         sys.exit(
-            f"lq: command must be train, search, export, evaluate, inspect or compare, got {command!r}\n\n{_USAGE}"
+            "lq: command must be train, search, export, evaluate, inspect, compare or quantizers, got "
+            f"{command!r}\n\n{_USAGE}"
         )
 
 

@@ -13,7 +13,8 @@ from lq.functional.layout import positive
 from lq.functional.points import decode_points
 from lq.functional.shift_add import Decoder, integer_points, make_decoder
 from lq.nn import QuantLayer
-from lq.quantizers import CodebookQuantizer, PointQuantizer, Quantizer
+from lq.quantizers import PointQuantizer, Quantizer
+from lq.spec import LayerSpec
 
 __all__ = ["InputCodes", "LayerPlan", "Step", "accumulator_bounds", "layer_weights", "lower"]
 
@@ -183,15 +184,16 @@ def layer_weights(layer: QuantLayer, path: str) -> tuple[Tensor, Decoder, Tensor
         or ``(1,)``.
 
     Raises:
-        UnsupportedError: for a codebook.
+        UnsupportedError: for levels that are real numbers.
     """
     quantizer, weight = layer.weight_quantizer, layer.float_weight().detach()
     scale = positive(quantizer.scale.detach()).double().cpu()
     codes = quantizer.encode(weight).cpu()
-    if isinstance(quantizer, CodebookQuantizer):
+    if isinstance(quantizer, PointQuantizer) and not quantizer.shiftable:
+        kind = cast(LayerSpec, layer.layer_spec).quantizer
         raise UnsupportedError(
-            f"{path}: the levels of a codebook are real numbers without an integer form: use quantizer=subset or a "
-            "uniform one, or export target=onnx"
+            f"{path}: the levels of quantizer={kind} are real numbers without an integer form: use quantizer=subset or "
+            "a uniform one, or export target=onnx"
         )
     if isinstance(quantizer, PointQuantizer):
         integers, k = integer_points(quantizer.points.cpu())

@@ -11,7 +11,7 @@ from lq.functional.layout import positive
 from lq.functional.points import code_table
 from lq.functional.shift_add import integer_points
 from lq.nn import QuantLayer
-from lq.quantizers import CodebookQuantizer, PointQuantizer
+from lq.quantizers import PointQuantizer
 
 __all__ = ["StoredWeight", "along", "stored_weight"]
 
@@ -124,7 +124,7 @@ def _codes(layer: QuantLayer, fold_points: bool) -> tuple[Tensor, Tensor, Tensor
         if fold_points or quantizer.points.dim() > 1:  # a table per channel has no operator
             return quantizer.decode(codes), scale.new_ones(1), None
         points = quantizer.points
-        if not isinstance(quantizer, CodebookQuantizer):
+        if quantizer.shiftable:
             points, places = integer_points(points)
             scale = scale * 2.0**-places
         return codes, scale, code_table(points.float(), bits=quantizer.codes.bits, signed=quantizer.signed)

@@ -72,6 +72,11 @@ class PointQuantizer(SoftQuantizer):
             straight_through_scale=self.straight_through_scale,
         )
 
+    @property
+    def shiftable(self) -> bool:
+        """Whether points are whole multiples of one power of two, so that a product is shifts and additions."""
+        return True
+
     def level_values(self) -> Tensor:
         """All levels, ascending.
 

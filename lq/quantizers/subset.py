@@ -70,6 +70,11 @@ class CodebookQuantizer(PointQuantizer):
     [-0.10000000149011612, 0.699999988079071]
     """
 
+    @property
+    def shiftable(self) -> bool:
+        """Levels are real numbers."""
+        return False
+
     def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
         count, h = self.points.shape[-1], importance
         scales = torch.ones(1, dtype=torch.float64, device=rows.device)

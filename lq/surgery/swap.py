@@ -242,15 +242,20 @@ def _rebuild(layer: QuantLayer, spec: LayerSpec, rebuilt: dict[Quantizer, Quanti
     old, weight = layer.weight_quantizer, layer.float_weight()
     if old not in rebuilt:
         new = build_weight_quantizer(spec, old.layout, weight.numel())
-        new.scale = old.scale
+        _keep_scale(new, old)
         rebuilt[old] = new.to(weight.device).train(old.training)
         if calibrate:
             new.calibrate_(weight, spec.scale_init)
     layer.weight_quantizer = rebuilt[old]
     inputs = build_activation_quantizer(spec)
     if inputs is not None and layer.input_quantizer is not None:
-        inputs.quantizer.scale = layer.input_quantizer.quantizer.scale
+        _keep_scale(inputs.quantizer, layer.input_quantizer.quantizer)
         layer.input_quantizer = inputs.to(weight.device).train(old.training)
+
+
+def _keep_scale(new: Quantizer, old: Quantizer) -> None:
+    learned, new.scale = new.scale.requires_grad, old.scale
+    new.scale.requires_grad_(learned)
 
 
 def dequantize_model(model: nn.Module, *, keep_latent: bool = False) -> list[str]:

@@ -125,7 +125,7 @@ def test_the_baseline_comes_without_our_regularizer():
 def test_bad_values_are_refused_by_what_they_configure():
     with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 12"):
         build(composed("quantizer.bits=12", "logger=csv"))
-    settings = build(composed("quantizer.quantizer=pact", "logger=csv"))
+    settings = build(composed("quantizer.quantizer=twn", "logger=csv"))
     with pytest.raises(ValueError, match="quantizer must be one of"):
         run(settings)
 

@@ -129,10 +129,10 @@ def test_bad_input_is_refused_before_anything_is_tracked(tmp_path, override, mes
 
 
 def test_commands_and_their_help(tmp_path):
-    assert "{train,search,export,evaluate,inspect,compare}" in lq(cwd=tmp_path).stdout
+    assert "{train,search,export,evaluate,inspect,compare,quantizers}" in lq(cwd=tmp_path).stdout
     unknown = lq("trian", cwd=tmp_path)
     assert unknown.returncode == 1
-    assert "command must be train, search, export, evaluate, inspect or compare, got 'trian'" in unknown.stderr
+    assert "inspect, compare or quantizers, got 'trian'" in unknown.stderr
     assert "side by side" in lq("compare", "--help", cwd=tmp_path).stdout
     assert "lq evaluate files=[FILE,...]" in lq("evaluate", "--help", cwd=tmp_path).stdout
 

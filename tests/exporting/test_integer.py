@@ -234,7 +234,12 @@ UNSUPPORTED = {
     "two outputs": (lambda: Odd("two outputs"), {}, "must return one tensor"),
     "a layer that does more": (lambda: nn.Sequential(WithReLU(3, 3, 1), nn.Conv2d(3, 3, 1)), {}, "is not one product"),
     "weights alone": (small_cnn, {"activation": None}, r"0: its input is not quantized.*activation=auto"),
-    "a codebook": (small_cnn, {"quantizer": "codebook"}, r"3: the levels of a codebook .* use quantizer=subset"),
+    "a codebook": (
+        small_cnn,
+        {"quantizer": "codebook"},
+        r"3: the levels of quantizer=codebook .*=subset",
+    ),
+    "real exponents": (small_cnn, {"quantizer": "dlq", "bits": 3}, r"3: the levels of quantizer=dlq are real numbers"),
     "a product": (Branching, {}, r"mul: mul has no integer form here.*target=onnx"),
     "an activation": (
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), nn.Conv2d(3, 3, 1)),

@@ -1,0 +1,77 @@
+"""Levels at powers of two, or of a smaller base, and a sign; rounded in the logarithmic domain."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lq.functional.log_levels import log_points, log_round, power_of_two_scale
+from lq.quantizers.points import PointQuantizer
+
+__all__ = ["LogQuantizer"]
+
+
+class LogQuantizer(PointQuantizer):
+    """``2^(b-1)`` magnitudes with evenly spaced exponents and a sign bit, no zero; the scale is a power of two.
+
+    Nothing is learned: the scale follows the largest weight while training, gradients pass straight through inside the
+    range.
+
+    Args:
+        bits: width of a code, sign included.
+        span: octaves between the smallest and the largest magnitude; None for whole exponents, ``2^(b-1) - 1``.
+        **common: arguments of `PointQuantizer`.
+
+    Source: Miyashita et al., Convolutional Neural Networks using Logarithmic Data Representation, 2016; Cai et al.,
+        2018, with fractional exponents from -7 to 0.
+
+    >>> quantizer = LogQuantizer(3)
+    >>> quantizer.calibrate_(torch.tensor([1.0]))
+    >>> quantizer.eval()(torch.tensor([-0.3, 0.72])).tolist()
+    [-0.25, 1.0]
+    """
+
+    def __init__(self, bits: int, *, span: float | None = None, **common: Any) -> None:
+        """Place the points."""
+        super().__init__(bits, **common)
+        count = self.points.shape[-1]
+        self.span = count - 1.0 if span is None else span
+        self.points.copy_(log_points(count, self.span))
+        self.scale.requires_grad_(False)
+
+    @property
+    def shiftable(self) -> bool:
+        """Exponents are whole."""
+        return self.span % (self.points.shape[-1] - 1) == 0
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
+        """Nearest levels in the logarithmic domain.
+
+        Args:
+            x: rows, one per scale.
+            scale: of the step before, shape ``(C,)``.
+            gradient_scale: has no meaning here.
+
+        Returns:
+            Levels.
+        """
+        if self.training:
+            with torch.no_grad():
+                self._choose_(x.detach(), None, self.power)
+                scale = self.scale.to(x.dtype)
+        column = scale.reshape(-1, 1)
+        inside = torch.minimum(torch.maximum(x, -column), column)
+        return inside + (self._nearest(x.detach(), scale) - inside).detach()
+
+    def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
+        self.scale.copy_(power_of_two_scale(rows).to(self.scale))
+
+    def _straight_through(self, view: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
+        return self.fake_quantize(view, scale, gradient_scale)
+
+    def _nearest(self, view: Tensor, scale: Tensor) -> Tensor:
+        return self._decode(self._encode(view, scale), scale)
+
+    def _encode(self, view: Tensor, scale: Tensor) -> Tensor:
+        column = torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, 1)
+        return super()._encode(log_round(view / column, self.points) * column, scale)

@@ -1,0 +1,219 @@
+"""Methods by name: how each builds its quantizers, what it learns, where it was published."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange
+from lq.quantizers.base import Quantizer
+from lq.quantizers.dsq import DSQQuantizer
+from lq.quantizers.logarithmic import LogQuantizer
+from lq.quantizers.lsq import LSQQuantizer
+from lq.quantizers.pact import PACTQuantizer, SAWBQuantizer
+from lq.quantizers.soft import SoftQuantizer
+from lq.quantizers.subset import CodebookQuantizer, InputSubsetQuantizer, SubsetQuantizer
+from lq.spec import LayerSpec
+
+__all__ = ["REGISTRY", "Method", "find_method", "method_names", "register_quantizer"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    Args:
+        weight: builds the weight quantizer from a spec, its code range and the common arguments of `Quantizer`.
+        activation: the same for activations.
+        summary: one line: what it is.
+        learned: what is learned, of weights and of activations.
+        source: where it was published.
+        bits: widths of weight codes that it has, the smallest and the largest.
+    """
+
+    weight: Callable[..., Quantizer]
+    activation: Callable[..., Quantizer]
+    summary: str
+    learned: str = "scales"
+    source: str = ""
+    bits: tuple[int, int] = (MIN_BITS, MAX_BITS)
+
+
+def _soft(spec: LayerSpec, codes: CodeRange, hard: bool, **common: Any) -> Quantizer:
+    return SoftQuantizer(codes, **_staircase(spec, hard), **common)
+
+
+def _soft_weight(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return _soft(spec, codes, spec.forward == "hard", **common)
+
+
+def _soft_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    if spec.activation_forward == "hard":
+        return LSQQuantizer(codes, **common)
+    return _soft(spec, codes, False, **common)
+
+
+def _lsq(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return LSQQuantizer(codes, **common)
+
+
+def _staircase(spec: LayerSpec, hard: bool) -> dict[str, Any]:
+    return {
+        "staircase": spec.staircase,
+        "hard": hard,
+        "slope_backward_max": spec.slope_backward_max,
+        "straight_through_scale": spec.scale_gradient == "straight_through",
+    }
+
+
+def _points(spec: LayerSpec) -> dict[str, Any]:
+    per_channel = spec.granularity == spec.points_per == "channel"
+    return {"signed": spec.signed_points, "per_channel": per_channel, "power": spec.power}
+
+
+def _subset(spec: LayerSpec, _: CodeRange, **common: Any) -> Quantizer:
+    common |= _staircase(spec, spec.forward == "hard")
+    return SubsetQuantizer(spec.bits, candidates=spec.candidates, zero=spec.zero, **_points(spec), **common)
+
+
+def _codebook(spec: LayerSpec, _: CodeRange, **common: Any) -> Quantizer:
+    return CodebookQuantizer(spec.bits, **_points(spec), **_staircase(spec, spec.forward == "hard"), **common)
+
+
+def _subset_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    if spec.activation_levels == "uniform":
+        return _soft_activation(spec, codes, **common)
+    common |= _staircase(spec, spec.activation_forward == "hard")
+    return InputSubsetQuantizer(codes, candidates=spec.activation_candidates, power=spec.power, **common)
+
+
+def _pact_weight(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return SAWBQuantizer(codes, **common)
+
+
+def _pact_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return PACTQuantizer(codes, **common)
+
+
+def _dsq(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return DSQQuantizer(codes, **common)
+
+
+def _log2(spec: LayerSpec, _: CodeRange, **common: Any) -> Quantizer:
+    return LogQuantizer(spec.bits, **common)
+
+
+def _dlq(spec: LayerSpec, _: CodeRange, **common: Any) -> Quantizer:
+    return LogQuantizer(spec.bits, span=7.0, **common)
+
+
+REGISTRY: dict[str, Method] = {
+    "soft": Method(_soft_weight, _soft_activation, "annealed soft staircase", source="lq"),
+    "lsq": Method(_lsq, _lsq, "hard levels, straight-through", source="Esser et al., ICLR 2020"),
+    "subset": Method(
+        _subset,
+        _subset_activation,
+        "staircase onto the best subset of log-scale points",
+        learned="scales; points by an exact search",
+        source="Oh et al., ECCV 2022",
+    ),
+    "codebook": Method(
+        _codebook,
+        _soft_activation,
+        "staircase onto free levels",
+        learned="scales; levels by weighted k-means",
+        source="Choi et al., ICLR 2017",
+    ),
+    "pact": Method(
+        _pact_weight,
+        _pact_activation,
+        "clipped activations, weights scaled by their moments (SAWB)",
+        learned="bounds of activations",
+        source="Choi et al., 2018; Choi et al., MLSys 2019",
+    ),
+    "dsq": Method(
+        _dsq,
+        _dsq,
+        "hard levels, derivative of a soft staircase",
+        learned="scales, shapes of the staircases",
+        source="Gong et al., ICCV 2019",
+    ),
+    "log2": Method(
+        _log2,
+        _lsq,
+        "powers of two, rounded in the logarithmic domain",
+        learned="scales of activations (lsq)",
+        source="Miyashita et al., 2016",
+    ),
+    "dlq": Method(
+        _dlq,
+        _lsq,
+        "fractional exponents from -7 to 0",
+        learned="scales of activations (lsq)",
+        source="Cai et al., 2018",
+    ),
+}
+ENTRY_POINTS = "lq.quantizers"
+
+
+def register_quantizer(name: str, method: Method) -> None:
+    """Add a method to the registry under a new name.
+
+    Args:
+        name: what `QuantSpec.quantizer` selects it by.
+        method: how to build it.
+
+    Raises:
+        ValueError: where the name is taken.
+    """
+    if name in REGISTRY:
+        raise ValueError(f"name must be new, got {name!r}: taken are {tuple(REGISTRY)}")
+    REGISTRY[name] = method
+
+
+def find_method(name: str) -> Method:
+    """A method of the registry, or one that an installed package offers.
+
+    A package offers methods by entry points of the group ``lq.quantizers``, each of which names a `Method`::
+
+        [project.entry-points."lq.quantizers"]
+        mine = "mypackage.quantizer:METHOD"
+
+    Args:
+        name: of the method.
+
+    Returns:
+        The method, in the registry from now on.
+
+    Raises:
+        ValueError: for a name that neither the registry nor a package knows, and for a package that offers something
+            else than a `Method`.
+    """
+    if name in REGISTRY:
+        return REGISTRY[name]
+    offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name not in offered:
+        raise ValueError(
+            f"quantizer must be one of {(*REGISTRY, *sorted(offered))}, got {name!r}: choose one of those or add it "
+            "with lq.quantizers.register_quantizer"
+        )
+    method = offered[name].load()
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"the entry point {name!r} of {ENTRY_POINTS} must name a lq.quantizers.Method, got {method!r}: see the "
+            "docstring of lq.quantizers.find_method"
+        )
+    register_quantizer(name, method)
+    return method
+
+
+def method_names() -> list[str]:
+    """Names of all methods: of the registry, then what installed packages offer.
+
+    Returns:
+        The names.
+
+    >>> method_names()[:2]
+    ['soft', 'lsq']
+    """
+    return [*REGISTRY, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - set(REGISTRY))]

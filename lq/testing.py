@@ -1,0 +1,122 @@
+"""Checks that every quantizer passes, for tests of `lq` and of packages that add methods to it."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lq.functional.layout import ScaleLayout
+from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
+from lq.spec import LayerSpec
+
+__all__ = ["check_quantizer"]
+
+_SHAPE = (6, 4, 3, 3)
+
+
+def check_quantizer(spec: LayerSpec) -> None:
+    """See that the quantizers which a spec describes keep what the rest of `lq` relies on.
+
+    Of weights, with one scale per tensor and one per channel: hard values are levels, and so are their own hard values;
+    stored codes fit in their bits and give hard values back exactly; gradients of weights and of everything learned are
+    finite, and not all zero; copies and a state dict compute the same; half precision comes back as it was. Of
+    activations: nothing happens before calibration; afterwards values are levels, zero stays zero, and everything
+    learned has a gradient.
+
+    Args:
+        spec: names the method by ``quantizer``, and says how.
+
+    Raises:
+        AssertionError: naming the check that failed and the quantizer.
+
+    >>> check_quantizer(LayerSpec(quantizer="lsq", bits=3))
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_SHAPE, generator=generator)
+    for layout in (ScaleLayout(), ScaleLayout.per_channel(_SHAPE)):
+
+        def make(layout: ScaleLayout = layout) -> Quantizer:
+            return build_weight_quantizer(spec, layout, weight.numel())
+
+        quantizer = make()
+        quantizer.calibrate_(weight, spec.scale_init)
+        quantizer.set_slope(6.0)
+        for check in (_check_levels, _check_codes, _check_gradients, _check_dtypes):
+            check(quantizer, weight)
+        _check_state(quantizer, weight, make)
+    if spec.activation is not None:
+        _check_activations(spec, generator)
+
+
+def _require(holds: bool, what: str, quantizer: object) -> None:
+    if not holds:
+        raise AssertionError(f"{what}: {quantizer}")
+
+
+def _check_levels(quantizer: Quantizer, x: Tensor) -> None:
+    hard, levels = quantizer.hard(x), quantizer.level_values()
+    rows = quantizer.layout.rows(hard)
+    for row, own in zip(rows, levels.expand(rows.shape[0], -1), strict=True):
+        _require(set(row.tolist()) <= set(own.tolist()), "hard values must be among level_values()", quantizer)
+    _require(bool((levels.diff() >= 0).all()), "level_values() must ascend", quantizer)
+    _require(torch.equal(quantizer.hard(hard), hard), "levels must be their own hard values", quantizer)
+    _require(torch.equal(quantizer.eval()(x), hard), "evaluation must give the hard values", quantizer)
+
+
+def _check_codes(quantizer: Quantizer, x: Tensor) -> None:
+    codes = quantizer.encode(x)
+    _require(codes.shape == x.shape and not codes.is_floating_point(), "encode() must give integers", quantizer)
+    many = int(codes.unique().numel())
+    _require(many <= 2**quantizer.codes.bits, f"codes must fit in {quantizer.codes.bits} bits, got {many}", quantizer)
+    _require(torch.equal(quantizer.decode(codes), quantizer.hard(x)), "codes must give back hard values", quantizer)
+
+
+def _check_gradients(quantizer: Quantizer, x: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    quantizer.zero_grad()
+    quantizer.train()(x).square().sum().backward()
+    learned = {name: p for name, p in quantizer.named_parameters() if p.requires_grad}
+    for name, parameter in {"the input": x, **learned}.items():
+        gradient = parameter.grad
+        _require(gradient is not None, f"{name} must have a gradient", quantizer)
+        assert gradient is not None
+        _require(bool(torch.isfinite(gradient).all()), f"the gradient of {name} must be finite", quantizer)
+        _require(bool(gradient.abs().sum() > 0), f"the gradient of {name} must not vanish", quantizer)
+
+
+def _check_dtypes(quantizer: Quantizer, x: Tensor) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        for training in (True, False):
+            given = x.to(dtype)
+            y, expected = quantizer.train(training)(given), quantizer(given.float())
+            _require(y.dtype == dtype, f"{dtype} must come back as it was, got {y.dtype}", quantizer)
+            close = torch.allclose(y.float(), expected, atol=1e-2, rtol=1e-2)
+            _require(close, f"{dtype} must be computed in float32 at least", quantizer)
+
+
+def _check_state(quantizer: Quantizer, x: Tensor, make: Callable[[], Quantizer]) -> None:
+    fresh = make()
+    fresh.load_state_dict(quantizer.state_dict())
+    for what, twin in {"a copy": copy.deepcopy(quantizer), "its state": fresh}.items():
+        for training in (False, True):
+            same = torch.equal(twin.train(training)(x), quantizer.train(training)(x))
+            _require(same, f"{what} must compute the same, training={training}", quantizer)
+
+
+def _check_activations(spec: LayerSpec, generator: torch.Generator) -> None:
+    sample = torch.randn(64, 12, generator=generator)
+    for x in (sample.relu(), sample):
+        inputs = build_activation_quantizer(spec)
+        assert inputs is not None
+        _require(inputs(x) is x, "activations must pass through before calibration", inputs)
+        if spec.activation == "unsigned" and bool((x < 0).any()):
+            continue
+        inputs.calibrate_(x / 2, float(x.min()), spec.scale_init)
+        inputs.quantizer.set_slope(6.0)
+        levels = inputs.quantizer.level_values()
+        hard = inputs.eval()(x)
+        _require(set(hard.unique().tolist()) <= set(levels.tolist()), "activations must be levels", inputs)
+        zero = inputs(torch.zeros(1, 3))
+        _require(not bool(zero.any()), "zero must stay zero: padding inserts zeros", inputs)
+        _check_gradients(inputs.quantizer, x)

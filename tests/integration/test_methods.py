@@ -1,0 +1,82 @@
+"""Every method of the registry goes the whole way: trained with the callback, resumed, stored, exported, run."""
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import lq
+from lq.exporting.onnx import write_onnx
+from lq.nn import named_quantized_layers
+from lq.quantizers import REGISTRY
+from tests.helpers.modules import Plain, loader, small_cnn
+from tests.integration.test_resume import run, same_runs
+
+SHAPE = (3, 8, 8)
+SMALL = {"import_path": "tests.helpers.modules:small_cnn"}
+
+
+def callback(method, **changes):
+    return lq.LearnedQuantization(
+        bits=3, quantizer=method, granularity="channel", calibration_batches=2, **{"strength": 0.2, **changes}
+    )
+
+
+def fitted(folder, method, callbacks=(), epochs=3, **changes):
+    torch.manual_seed(0)
+    module = Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4))
+    data = loader(shape=SHAPE)
+    return run(folder, module, [callback(method), *callbacks], data=data, epochs=epochs, **changes)
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_a_method_goes_the_whole_way(tmp_path, method):
+    saver = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    trainer = fitted(tmp_path / "whole", method, [saver])
+    module = trainer.lightning_module
+    torch.manual_seed(0)
+    before = small_cnn()
+    layers = named_quantized_layers(module.net)
+    for path, layer in layers.items():
+        assert not torch.equal(layer.weight, before.get_submodule(path).weight), f"{path} was not trained"
+        assert layer.layer_spec.quantizer in (method, "lsq")
+        for name, parameter in layer.weight_quantizer.named_parameters():
+            assert bool(torch.isfinite(parameter).all()), name
+    torch.manual_seed(0)
+    resumed = Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4))
+    again = run(
+        tmp_path / "again",
+        resumed,
+        [callback(method), ModelCheckpoint(tmp_path / "twice", save_top_k=0)],
+        ckpt_path=str(tmp_path / "kept" / "epoch=1.ckpt"),
+        data=loader(shape=SHAPE),
+        epochs=3,
+    )
+    same_runs(trainer, again)
+
+    network, x = module.net.eval(), torch.randn(16, *SHAPE)
+    with torch.no_grad():
+        expected = network(x)
+    loaded = lq.load(
+        lq.save(network, tmp_path / "net.lq.safetensors", architecture=SMALL), allow=[SMALL["import_path"]]
+    )
+    assert torch.equal(loaded(x), expected)
+    if method not in ("codebook", "dlq"):  # their levels are real numbers
+        near = lq.IntegerNetwork(network, SHAPE)(x)
+        assert float((near - expected).abs().max()) < 0.1 * float(expected.abs().max())
+    runtime = pytest.importorskip("onnxruntime")
+    path = write_onnx(network, tmp_path / "net.onnx", SHAPE)
+    (y,) = runtime.InferenceSession(path).run(None, {"input": x.numpy()})
+    assert np.median(np.abs(y - expected.numpy())) < 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_ends_that_are_found_late_learn_what_their_method_learns(method):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    lq.quantize_model(model, lq.QuantSpec(bits=3, quantizer=method))
+    lq.calibrate(model, [torch.randn(16, 8)])
+    for layer in named_quantized_layers(model).values():
+        fixed = layer.layer_spec.quantizer in ("pact", "log2", "dlq")
+        assert layer.weight_quantizer.scale.requires_grad != fixed
+        assert layer.input_quantizer.quantizer.scale.requires_grad

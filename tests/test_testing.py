@@ -1,0 +1,127 @@
+"""The checks for quantizers of others find what is wrong with them, and their packages are found."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lq
+from lq.quantizers import REGISTRY, LSQQuantizer, Method, find_method, method_names
+from lq.spec import LayerSpec
+from lq.testing import check_quantizer
+from tests.helpers.commands import lq as command
+
+
+class OffLevels(LSQQuantizer):
+    def hard(self, x):
+        return super().hard(x) * 1.001
+
+
+class WrongCodes(LSQQuantizer):
+    def encode(self, x):
+        return -super().encode(x)
+
+
+class NoGradient(LSQQuantizer):
+    def fake_quantize(self, x, scale, gradient_scale):
+        return super().fake_quantize(x, scale.detach(), gradient_scale)
+
+
+class Infinite(LSQQuantizer):
+    def fake_quantize(self, x, scale, gradient_scale):
+        return super().fake_quantize(x, scale, float("inf"))
+
+
+class OtherType(LSQQuantizer):
+    def forward(self, x):
+        return super().forward(x).double()
+
+
+class Forgets(LSQQuantizer):
+    def calibrate_(self, *args, **kwargs):
+        super().calibrate_(*args, **kwargs)
+        self.bias = 0.5
+
+    def fake_quantize(self, x, scale, gradient_scale):
+        return super().fake_quantize(x, scale, gradient_scale) + getattr(self, "bias", 0.0)
+
+
+class Unsettled(LSQQuantizer):
+    def _nearest(self, view, scale):
+        return super()._nearest(view + scale, scale)
+
+    def _encode(self, view, scale):
+        return super()._encode(view + scale, scale)
+
+
+class NoZero(LSQQuantizer):
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.where(y == 0, self.level_values()[-1], y)
+
+
+def broken(kind, inputs=LSQQuantizer):
+    def build(of):
+        return lambda spec, codes, **common: of(codes, **common)
+
+    return Method(build(kind), build(inputs), "broken")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (broken(OffLevels), "hard values must be among level_values"),
+        (broken(WrongCodes), "codes must give back hard values"),
+        (broken(NoGradient), "scale must have a gradient"),
+        (broken(Infinite), "the gradient of scale must be finite"),
+        (broken(OtherType), "must come back as it was"),
+        (broken(Forgets), "its state must compute the same"),
+        (broken(Unsettled), "levels must be their own hard values"),
+        (broken(LSQQuantizer, NoZero), "zero must stay zero"),
+    ],
+)
+def test_what_is_broken_is_named(monkeypatch, method, message):
+    monkeypatch.setitem(REGISTRY, "broken", method)
+    with pytest.raises(AssertionError, match=message):
+        check_quantizer(LayerSpec(quantizer="broken", bits=3))
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package that offers a method by an entry point, and something else by another."""
+    (tmp_path / "offered.py").write_text(
+        "from lq.quantizers import LSQQuantizer, Method\n"
+        "def build(spec, codes, **common): return LSQQuantizer(codes, **common)\n"
+        "METHOD = Method(build, build, 'like lsq', source='someone')\n"
+    )
+    info = tmp_path / "offered-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offered\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lq.quantizers]\nmine = offered:METHOD\nwrong = offered:build\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    REGISTRY.pop("mine", None)
+    sys.modules.pop("offered", None)
+
+
+def test_a_method_of_another_package_is_found_and_passes_the_checks(package):
+    assert method_names()[-2:] == ["mine", "wrong"]
+    check_quantizer(LayerSpec(quantizer="mine", bits=3))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    lq.quantize_model(model, lq.QuantSpec(quantizer="mine"))
+    assert isinstance(model[1].weight_quantizer, LSQQuantizer)
+    with pytest.raises(ValueError, match=r"entry point 'wrong' of lq.quantizers must name a lq.quantizers.Method"):
+        find_method("wrong")
+    with pytest.raises(ValueError, match=r"quantizer must be one of .*'mine', 'wrong'.*got 'absent'"):
+        find_method("absent")
+
+
+def test_the_command_lists_them_all(tmp_path):
+    done = command("quantizers", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, method in REGISTRY.items():
+        (line,) = [row for row in done.stdout.splitlines() if row.split()[0] == name]
+        assert method.summary in line
+        assert method.learned in line
+        assert line.rstrip().endswith(method.source)
