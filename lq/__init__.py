@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lq import callbacks, functional, metrics, models, nn, quantizers
     from lq.calibration import calibrate, reestimate_batch_norm
-    from lq.callbacks import HoldAtAlignment, HoldAtStep, HoldOnPlateau, LearnedQuantization, QuantizationTracker
+    from lq.callbacks import (
+        HoldAtAlignment,
+        HoldAtStep,
+        HoldOnPlateau,
+        LearnedQuantization,
+        QuantizationTracker,
+        SelfDistillation,
+    )
     from lq.checkpoints import load_from_checkpoint
     from lq.exporting import ArtifactError, IntegerNetwork, UnsupportedError, load, save
     from lq.functional import SubsetResult, search_subset, two_word_candidates
@@ -25,6 +32,7 @@ _NAMES = {
     "HoldOnPlateau": "lq.callbacks",
     "LearnedQuantization": "lq.callbacks",
     "QuantizationTracker": "lq.callbacks",
+    "SelfDistillation": "lq.callbacks",
     "load_from_checkpoint": "lq.checkpoints",
     "ArtifactError": "lq.exporting",
     "IntegerNetwork": "lq.exporting",
@@ -60,6 +68,7 @@ __all__ = [
     "QuantizationTracker",
     "SearchReport",
     "SearchSpec",
+    "SelfDistillation",
     "StaleResultError",
     "SubsetResult",
     "SwapReport",

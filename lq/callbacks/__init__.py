@@ -1,5 +1,6 @@
 """Lightning callbacks: short hooks that delegate to plain functions."""
 
+from lq.callbacks.distillation import SelfDistillation
 from lq.callbacks.learned_quantization import LearnedQuantization
 from lq.callbacks.schedule import AnnealSpec, HoldAtAlignment, HoldAtStep, HoldOnPlateau
 from lq.callbacks.tracker import QuantizationTracker
@@ -11,4 +12,5 @@ __all__ = [
     "HoldOnPlateau",
     "LearnedQuantization",
     "QuantizationTracker",
+    "SelfDistillation",
 ]

@@ -1,6 +1,5 @@
 """Quantization-aware training as one Lightning callback."""
 
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +19,7 @@ from lq.callbacks.guards import (
     check_stepped,
     warn_of_late_averaging,
 )
+from lq.callbacks.patches import Patches
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
 from lq.callbacks.tracker import QuantizationTracker
 from lq.checkpoints import checkpoint_entry, restore_plan
@@ -89,7 +89,7 @@ class LearnedQuantization(Callback):
         self.tracker = QuantizationTracker(log_every_n_steps, log_layers)
         self.annealing = Annealing(self.anneal)
         self.report: SwapReport | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._patches = Patches()
         self._rules: list[ScaleRules] = []
         self._collapsed_at_start: frozenset[str] = frozenset()
         self._stepped = self._started = self._fresh = False
@@ -112,7 +112,7 @@ class LearnedQuantization(Callback):
             restore(checkpoint)
             restore_plan(pl_module, checkpoint, self.spec)
 
-        self._patch(pl_module, "on_load_checkpoint", on_load_checkpoint)
+        self._patches.put(pl_module, "on_load_checkpoint", on_load_checkpoint)
         if not (overrides(pl_module, "setup") or overrides(pl_module, "configure_model")):
             self._swap(pl_module)
             return
@@ -122,12 +122,7 @@ class LearnedQuantization(Callback):
             configure()
             self._swap(pl_module)
 
-        self._patch(pl_module, "configure_model", configure_model)
-
-    def _patch(self, pl_module: LightningModule, name: str, replacement: Callable[..., Any]) -> None:
-        had, before = name in vars(pl_module), vars(pl_module).get(name)
-        setattr(pl_module, name, replacement)
-        self._undo.append(lambda: setattr(pl_module, name, before) if had else delattr(pl_module, name))
+        self._patches.put(pl_module, "configure_model", configure_model)
 
     def _swap(self, pl_module: LightningModule) -> None:
         plan = make_plan(pl_module, self.spec)
@@ -277,8 +272,7 @@ class LearnedQuantization(Callback):
     def _release(self) -> None:
         for rules in self._rules:
             rules.remove()
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
         self._rules = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

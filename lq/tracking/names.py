@@ -12,6 +12,7 @@ _NAMES = frozenset(
         "sqnr_db",
         "slope",
         "regularizer",
+        "distillation_loss",
         "clipped_fraction",
         "zero_fraction",
         "size_bytes",

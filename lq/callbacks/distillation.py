@@ -1,0 +1,233 @@
+"""Distillation from the float copy of the network that is being quantized, or from any other teacher."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lq.callbacks.patches import Patches
+from lq.functional.distillation import distillation_loss, feature_loss
+from lq.surgery import dequantize_model
+from lq.tracking import metric
+
+__all__ = ["SelfDistillation"]
+
+
+class SelfDistillation(Callback):
+    """Adds the divergence from a teacher to the loss of an unmodified LightningModule.
+
+    The teacher is a copy of the student in float, taken before the first step and before a checkpoint is loaded: it is
+    in evaluation mode, gets no gradients, and is part of neither the module nor its checkpoints. It sees whatever the
+    student sees in ``training_step``.
+
+    Args:
+        student: path of the network in the module, such as "model".
+        teacher: any other network that takes the same inputs; None for the student's float copy.
+        weight: factor of the divergence; the task's loss keeps the factor 1.
+        temperature: that softens both.
+        features: paths in the student whose outputs shall resemble the teacher's, too.
+        feature_weight: factor of the mean of their `lq.functional.distillation.feature_loss`.
+        logits: takes the logits from what the networks return; None where they return them.
+        dim: of the classes.
+
+    Raises:
+        ValueError: for a negative weight, a temperature that is not positive, or features without a weight.
+
+    Source: Hinton et al. 2015; with the float copy as teacher, Esser et al., ICLR 2020, section 3.5.
+
+    >>> callback = SelfDistillation(student="model", weight=1.0)
+    >>> callback.weight
+    1.0
+    """
+
+    def __init__(
+        self,
+        student: str = "model",
+        *,
+        teacher: nn.Module | None = None,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        features: Sequence[str] = (),
+        feature_weight: float = 0.0,
+        logits: Callable[[Any], Tensor] | None = None,
+        dim: int = 1,
+    ) -> None:
+        """Validate; nothing is touched before `setup`."""
+        super().__init__()
+        for name, value in {"weight": weight, "feature_weight": feature_weight}.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}: 1 is usual, 0 switches it off")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}: 1 is usual")
+        if bool(features) != (feature_weight > 0):
+            raise ValueError(
+                f"features and feature_weight belong together, got {list(features)} and {feature_weight}: give both"
+            )
+        self.student, self.weight, self.temperature = student, weight, temperature
+        self.features, self.feature_weight = list(features), feature_weight
+        self.logits, self.dim = logits or _as_logits, dim
+        self.given, self.teacher = teacher, None
+        self._patches, self._handles, self._terms = Patches(), list[Any](), list[Tensor]()
+        self._active, self._fingerprint = False, ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Arrange that the teacher is copied before a checkpoint reaches the student."""
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "SelfDistillation needs automatic optimization, got a module that optimizes manually: add "
+                "lq.functional.distillation.distillation_loss to its loss"
+            )
+        self.teacher, restore = None, pl_module.on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            self._copy(pl_module)
+            restore(checkpoint)
+
+        self._patches.put(pl_module, "on_load_checkpoint", on_load_checkpoint)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the teacher where no checkpoint is loaded."""
+        self._copy(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the teacher to the student's device and attach."""
+        student, teacher = self._student(pl_module), self.teacher
+        assert teacher is not None
+        example = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
+        teacher.to(example.device, example.dtype)
+        step = pl_module.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self._active = torch.is_grad_enabled()
+            try:
+                return self._add(pl_module, step(*args, **kwargs))
+            finally:
+                self._active = False
+                self._terms.clear()
+
+        self._patches.put(pl_module, "training_step", training_step)
+        mine, theirs = self._watch(student), self._watch(teacher)
+
+        def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._active:
+                with torch.no_grad():
+                    target = teacher(*args, **kwargs)
+                self._terms.append(self._term(output, target, mine, theirs))
+
+        self._handles.append(student.register_forward_hook(compare, with_kwargs=True))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing attached after a crash."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undo what `setup` arranged."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which teacher it was, not the teacher."""
+        return {"teacher": self._fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with another teacher."""
+        if self.teacher is not None and state_dict["teacher"] != self._fingerprint:
+            raise ValueError(
+                "the teacher must be that of the run that is resumed, got other weights: build the module from the "
+                "same float checkpoint before fit(ckpt_path=...), or give teacher="
+            )
+
+    def _copy(self, pl_module: LightningModule) -> None:
+        if self.teacher is not None:
+            return
+        student = self._student(pl_module)
+        teacher = copy.deepcopy(student if self.given is None else self.given)
+        dequantize_model(teacher, keep_latent=True)
+        self.teacher, self._fingerprint = teacher.eval().requires_grad_(False), _fingerprint(teacher)
+
+    def _student(self, pl_module: LightningModule) -> nn.Module:
+        try:
+            found = pl_module.get_submodule(self.student) if self.student else None
+        except AttributeError:
+            found = None
+        if found is None:
+            names = [name for name, _ in pl_module.named_children()]
+            raise ValueError(f"student must be the path of a network in the module, got {self.student!r}: try {names}")
+        return found
+
+    def _watch(self, network: nn.Module) -> dict[str, Tensor]:
+        """What the chosen parts of a network gave last, kept up to date."""
+        seen: dict[str, Tensor] = {}
+        for path in self.features:
+            try:
+                part = network.get_submodule(path)
+            except AttributeError as error:
+                names = [name for name, _ in network.named_children()]
+                raise ValueError(f"features must be paths in student and teacher, got {path!r}: try {names}") from error
+
+            def keep(_: nn.Module, _args: Any, output: Tensor, path: str = path) -> None:
+                seen[path] = output
+
+            self._handles.append(part.register_forward_hook(keep))
+        return seen
+
+    def _term(self, output: Any, target: Any, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+        z, t = self.logits(output), self.logits(target)
+        _check_shapes("logits", z, t)
+        term = self.weight * distillation_loss(z, t, temperature=self.temperature, dim=self.dim)
+        for path in self.features:
+            _check_shapes(f"features {path!r}", mine[path], theirs[path])
+            term = term + self.feature_weight / len(self.features) * feature_loss(mine[path], theirs[path])
+        return term
+
+    def _add(self, pl_module: LightningModule, returned: Any) -> Any:
+        """The loss with the divergence added, in the form that it was returned in."""
+        if returned is None or not torch.is_grad_enabled():
+            return returned
+        if not self._terms:
+            raise ValueError(f"student {self.student!r} must run in training_step, it did not: name the part that does")
+        term = torch.stack(self._terms).mean()
+        pl_module.log(metric("distillation_loss"), term.detach())
+        if isinstance(returned, dict):
+            return {**returned, "loss": returned["loss"] + term}
+        return returned + term
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._patches.undo()
+
+
+def _as_logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"student and teacher must return logits, got {type(output).__name__}: give logits=, which takes them from "
+            "what is returned"
+        )
+    return output
+
+
+def _check_shapes(what: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{what} of student and teacher must have one shape, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}: choose a teacher for the same classes"
+        )
+
+
+def _fingerprint(network: nn.Module) -> str:
+    total = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        total.update(f"{name} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().float().numpy().tobytes())
+    return total.hexdigest()

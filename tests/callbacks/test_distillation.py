@@ -1,0 +1,183 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+import lq
+from lq.functional.distillation import distillation_loss, feature_loss
+from lq.nn import named_quantized_layers
+from tests.helpers.modules import Manual, Plain, fit, loader, mlp
+from tests.integration.test_resume import run, same_runs
+
+QUANTIZATION = {"bits": 3, "quantizer": "lsq", "regularizer": None, "calibration_batches": 2}
+SMOOTH = {"bits": 3, "activation": None, "slope_end": 4.0}  # nothing rounds, which would enlarge the last digit
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.02, momentum=0.9)
+
+
+def module(kind=Plain):
+    torch.manual_seed(0)
+    return kind(mlp(), optimizer=sgd)
+
+
+class ByHand(Plain):
+    """The same loss written out in training_step."""
+
+    def __init__(self, teacher, weight, temperature, features=0.0):
+        super().__init__(mlp(), optimizer=sgd)
+        self.given = [teacher]  # in a list: no part of the module
+        self.weight, self.temperature, self.features = weight, temperature, features
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        z = self.net(x)
+        with torch.no_grad():
+            t = self.given[0](x)
+        p = F.softmax(t / self.temperature, 1)
+        divergence = (p * (p.log() - F.log_softmax(z / self.temperature, 1))).sum(1).mean() * self.temperature**2
+        loss = F.cross_entropy(z, y) + self.weight * divergence
+        if self.features:
+            mine, theirs = self.net[:2](x), self.given[0][:2](x).detach()
+            loss = loss + self.features * (mine - theirs).square().mean() / theirs.square().mean()
+        return loss
+
+
+@pytest.mark.parametrize(("temperature", "features"), [(1.0, 0.0), (3.0, 0.5)])
+@pytest.mark.parametrize("first", ["distillation", "quantization"])
+def test_it_trains_as_the_same_loss_written_out(temperature, features, first):
+    plain, float_copy = module(), copy.deepcopy(module().net)
+    extra = {"features": ["1"], "feature_weight": features} if features else {}
+    callbacks = [
+        lq.SelfDistillation("net", weight=0.7, temperature=temperature, **extra),
+        lq.LearnedQuantization(**SMOOTH),
+    ]
+    fit(plain, callbacks if first == "distillation" else callbacks[::-1], loader(), precision="64-true")
+    hand = ByHand(copy.deepcopy(float_copy).double(), 0.7, temperature, features)
+    hand.net.load_state_dict(float_copy.state_dict())
+    fit(hand, [lq.LearnedQuantization(**SMOOTH)], loader(), precision="64-true")
+    for (name, ours), theirs in zip(plain.state_dict().items(), hand.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7, msg=name)
+    assert not torch.equal(plain.net[0].weight, float_copy[0].weight)
+
+
+def test_the_teacher_stays_as_it_was_and_out_of_module_optimizer_and_checkpoint(tmp_path):
+    plain, before = module(), copy.deepcopy(module().net.state_dict())
+    distillation = lq.SelfDistillation("net")
+    trainer = fit(plain, [distillation, lq.LearnedQuantization(**QUANTIZATION)], loader(), logger=CSVLogger(tmp_path))
+    teacher = distillation.teacher
+    assert not named_quantized_layers(teacher)
+    assert not teacher.training
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    inside = {id(p) for p in plain.parameters()}
+    assert not inside & {id(p) for p in teacher.parameters()}
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    saved = torch.load(tmp_path / "net.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == plain.state_dict().keys()
+    assert len(saved["callbacks"]["SelfDistillation"]["teacher"]) == 64
+    assert trainer.logged_metrics["lq/distillation_loss"] > 0
+    assert "training_step" not in vars(plain)
+    assert "on_load_checkpoint" not in vars(plain)
+    assert not plain.net._forward_hooks
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_run_resumes_bit_for_bit_with_the_teacher_it_started_from(tmp_path, order):
+    def callbacks(folder):
+        made = [lq.SelfDistillation("net"), lq.LearnedQuantization(**QUANTIZATION)][::order]
+        return [*made, ModelCheckpoint(tmp_path / folder, save_top_k=-1, filename="{epoch}", every_n_epochs=1)]
+
+    whole = run(tmp_path, module(), callbacks("a"), data=loader(), epochs=3)
+    again = run(tmp_path, module(), callbacks("b"), str(tmp_path / "a" / "epoch=1.ckpt"), data=loader(), epochs=3)
+    same_runs(whole, again)
+    other = module()
+    other.net[0].weight.data += 1
+    with pytest.raises(ValueError, match="the teacher must be that of the run that is resumed"):
+        run(tmp_path, other, callbacks("c"), str(tmp_path / "a" / "epoch=1.ckpt"), data=loader(), epochs=3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(precision):
+    plain, distillation = module(), lq.SelfDistillation("net")
+    trainer = fit(plain, [distillation, lq.LearnedQuantization(**QUANTIZATION)], loader(), precision=precision)
+    assert torch.isfinite(trainer.callback_metrics["lq/distillation_loss"])
+    assert next(distillation.teacher.parameters()).dtype == next(plain.net.parameters()).dtype
+
+
+def test_another_teacher_and_outputs_that_hold_logits():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x):
+            return {"logits": self.inner(x)}
+
+    class Taking(Plain):
+        def forward(self, x):
+            return self.net(x)["logits"]
+
+        def training_step(self, batch, batch_idx):
+            return {"loss": self.loss(batch), "note": 1}
+
+    teacher = Wrapped()
+    distillation = lq.SelfDistillation("net", teacher=teacher, logits=lambda output: output["logits"])
+    trainer = fit(Taking(Wrapped(), optimizer=sgd), [distillation], loader())
+    assert trainer.callback_metrics["lq/distillation_loss"] > 0
+    assert torch.equal(distillation.teacher.inner[0].weight, teacher.inner[0].weight)
+    assert teacher.training  # the user's own is left alone
+    with pytest.raises(ValueError, match=r"must return logits, got dict: give logits="):
+        fit(Taking(Wrapped(), optimizer=sgd), [lq.SelfDistillation("net")], loader())
+
+
+class Elsewhere(Plain):
+    def training_step(self, batch, batch_idx):
+        return self.net[0](batch[0]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (Manual, {}, "needs automatic optimization"),
+        (Plain, {"student": "model"}, r"student must be the path .* got 'model': try \['net'\]"),
+        (Plain, {"student": ""}, "student must be the path"),
+        (Plain, {"teacher": nn.Linear(8, 5)}, r"logits of student and teacher must have one shape, got \(8, 4\) and"),
+        (Plain, {"features": ["9"], "feature_weight": 1.0}, "features must be paths in student and teacher, got '9'"),
+        (Elsewhere, {}, "student 'net' must run in training_step"),
+    ],
+)
+def test_what_cannot_be_is_said(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        fit(module(make), [lq.SelfDistillation(**{"student": "net", **settings})], loader())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": -1}, "weight must not be negative, got -1"),
+        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"features": ["1"]}, "features and feature_weight belong together"),
+        ({"feature_weight": 1.0}, "features and feature_weight belong together"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lq.SelfDistillation("net", **settings)
+
+
+def test_losses_are_smooth_and_zero_for_equals():
+    z = torch.randn(4, 5, dtype=torch.float64)
+    assert distillation_loss(z, z, temperature=2.0) == pytest.approx(0.0, abs=1e-6)
+    assert feature_loss(z, z) == 0
+    grid = torch.randn(2, 5, 3, 3)
+    rows = grid.permute(0, 2, 3, 1).reshape(-1, 5)
+    torch.testing.assert_close(
+        distillation_loss(grid, grid.flip(1)), distillation_loss(rows, rows.flip(1)), atol=1e-6, rtol=1e-5
+    )
