@@ -106,10 +106,7 @@ def evaluate(
         raise ValueError(f"images must be at least 1, got {images}: leave it out for all")
     rows = [EvaluationRow(n.name, n.kind, n.bytes, same=[0] * len(networks)) for n in networks]
     total = 0
-    dataset: Any = getattr(batches, "dataset", None)
-    known = [count for count in (images, None if dataset is None else len(dataset)) if count is not None]
-    bar = tqdm(total=min(known, default=None), desc="Evaluating", unit="image", disable=not progress, leave=False)
-    for x, y in batches:
+    for x, y in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress, leave=False):
         if images is not None:
             x, y = x[: images - total], y[: images - total]
         _check_shapes(networks, tuple(x.shape[1:]))
@@ -118,10 +115,8 @@ def evaluate(
             row.right += int((mine == y).sum())
             row.same = [count + int((mine == other).sum()) for count, other in zip(row.same, classes, strict=True)]
         total += len(y)
-        bar.update(len(y))
         if total == images:
             break
-    bar.close()
     if not total:
         raise ValueError("batches must hold at least one image, got none: check the DataModule")
     return EvaluationReport(tuple(rows), total)

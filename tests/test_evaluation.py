@@ -99,3 +99,15 @@ def test_files_that_are_not_what_they_seem_are_named(tmp_path, name):
     path.chmod(0o755)
     with pytest.raises(ValueError, match="junk"):
         open_deployed(str(path), SHAPE)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([(torch.randn(1, 2, 2), 0) for _ in range(6)])
+
+
+def test_images_may_come_as_a_stream():
+    network = Deployed("first", "float", 0, lambda x: torch.tensor([[1.0, 0.0]]).expand(len(x), 2))
+    report = evaluate([network], torch.utils.data.DataLoader(Stream(), batch_size=4))
+    assert report.images == 6
+    assert report.rows[0].right == 6

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lq
+from lq.cli.quantizers import table
 from lq.quantizers import REGISTRY, LSQQuantizer, Method, find_method, method_names
 from lq.spec import LayerSpec
 from lq.testing import check_quantizer
@@ -21,6 +22,14 @@ class OffLevels(LSQQuantizer):
 class WrongCodes(LSQQuantizer):
     def encode(self, x):
         return -super().encode(x)
+
+
+class Spread(LSQQuantizer):
+    def encode(self, x):
+        return super().encode(x).to(torch.int16) * 100
+
+    def decode(self, codes):
+        return super().decode((codes // 100).to(torch.int8))
 
 
 class NoGradient(LSQQuantizer):
@@ -73,6 +82,7 @@ def broken(kind, inputs=LSQQuantizer):
     [
         (broken(OffLevels), "hard values must be among level_values"),
         (broken(WrongCodes), "codes must give back hard values"),
+        (broken(Spread), r"codes must lie in \(-3, 3\), got -300..300"),
         (broken(NoGradient), "scale must have a gradient"),
         (broken(Infinite), "the gradient of scale must be finite"),
         (broken(OtherType), "must come back as it was"),
@@ -115,6 +125,12 @@ def test_a_method_of_another_package_is_found_and_passes_the_checks(package):
         find_method("wrong")
     with pytest.raises(ValueError, match=r"quantizer must be one of .*'mine', 'wrong'.*got 'absent'"):
         find_method("absent")
+
+
+def test_a_package_that_is_broken_does_not_hide_the_others(package):
+    text = table()
+    assert "cannot be loaded: ValueError" in next(line for line in text.splitlines() if line.startswith("wrong"))
+    assert "like lsq" in text
 
 
 def test_the_command_lists_them_all(tmp_path):

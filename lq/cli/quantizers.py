@@ -17,7 +17,11 @@ def table() -> str:
     """
     rows = []
     for name in method_names():
-        method = find_method(name)
+        try:
+            method = find_method(name)
+        except Exception as error:  # whatever an installed package raises must not hide the others
+            rows.append((name, "", f"cannot be loaded: {type(error).__name__}: {error}", "", ""))
+            continue
         low, high = method.bits
         rows.append((name, f"{low}-{high}", method.summary, method.learned, method.source))
     return format_table(("name", "bits", "what it is", "learned", "source"), rows)

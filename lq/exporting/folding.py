@@ -46,7 +46,7 @@ def _rows(model: nn.Module, linear: list[str], x: Tensor) -> set[str]:
     found: set[str] = set()
 
     def look(path: str) -> Any:
-        return lambda _, given, result: result.dim() > 2 and found.add(path)
+        return lambda _, given, result: found.add(path) if result.dim() > 2 else None  # what is returned would replace
 
     handles = [model.get_submodule(path).register_forward_hook(look(path)) for path in linear]
     try:

@@ -54,10 +54,11 @@ def write_onnx(
 ) -> Path:
     """Write a quantized network as ONNX: quantized weights as integers, inputs through QuantizeLinear.
 
-    Weights are INT4, UINT4, INT8 or UINT8 initializers, as narrow as their codes. A convolution that runtimes compute
-    in integers takes them as INT8 behind DequantizeLinear, any other one as float: runtimes turn the stored codes into
-    either once, when they load the file. Mid-rise levels are odd integers with half the scale. Points and wide mid-rise
-    levels are codes behind a table and Gather.
+    Weights are INT4, UINT4, INT8 or UINT8 initializers, as narrow as their codes. A layer that runtimes compute in
+    integers takes them as INT8, or as UINT8 where products of signed numbers could overflow, behind DequantizeLinear;
+    any other one as float: runtimes turn the stored codes into either once, when they load the file. Linear layers of
+    quantized inputs are products of integers, whose sums are exact, and a bias in float. Mid-rise levels are odd
+    integers with half the scale. Points and wide mid-rise levels are codes behind a table and Gather.
 
     Args:
         model: a quantized model.

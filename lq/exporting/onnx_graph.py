@@ -41,6 +41,8 @@ def finish(proto: onnx.ModelProto, weights: Mapping[str, StoredWeight]) -> onnx.
     for node in list(graph.nodes):
         if node.op_type in _CONVOLUTIONS:
             graph.separate_bias(node)
+        elif node.op_type == "Gemm":
+            graph.separate_product(node)
     kept = {id(stored) for name, stored in weights.items() if name in graph.constants}
     missing = sorted(name for name, stored in weights.items() if stored.has_codes and id(stored) not in kept)
     if missing:
@@ -114,7 +116,7 @@ class _Graph:
         else:
             index = self._node("Cast", [codes], result, to=TensorProto.INT32)
             levels = self._node("Gather", [self._constant(f"{codes}.table", stored.table), index], result, axis=0)
-        if stored.whole and stored.axis:
+        if stored.axis:
             self._turn_back(node)
         users = self.users(result)
         if stored.whole and all(self._product_of_codes(user, result) for user in users):
@@ -153,17 +155,24 @@ class _Graph:
             if not self.users(turned.output[0]):
                 self.nodes.remove(turned)
 
+    def separate_product(self, gemm: NodeProto) -> None:
+        """Take the bias out of a linear layer of codes, whose real weights runtimes would quantize, too."""
+        if self._takes_codes(gemm):
+            turned = f"{gemm.output[0]}.weight"
+            self.nodes.insert(self.nodes.index(gemm), helper.make_node("Transpose", [gemm.input[1]], [turned]))
+            self._separate_product(gemm, turned)
+
     def _separate_product(self, gemm: NodeProto, weight: str) -> None:
         """A linear layer as a product, which runtimes fuse with the codes of both sides, and the bias behind it."""
         (result,) = gemm.output
         bias = self._array(gemm.input[2]) if len(gemm.input) > 2 else np.zeros(1, dtype=np.float32)
-        if bias is None:
-            return
-        negative = self._constant(f"{result}.negative_bias", -torch.from_numpy(bias.copy()))
-        made = [
-            helper.make_node("MatMul", [gemm.input[0], weight], [f"{result}.products"]),
-            helper.make_node("Sub", [f"{result}.products", negative], [result]),  # an addition would be fused back
-        ]
+        made = [helper.make_node("MatMul", [gemm.input[0], weight], [f"{result}.products"])]
+        negative = f"{result}.negative_bias"
+        if bias is None:  # it is computed
+            made.append(helper.make_node("Neg", [gemm.input[2]], [negative]))
+        else:
+            self._constant(negative, -torch.from_numpy(bias.copy()))
+        made.append(helper.make_node("Sub", [f"{result}.products", negative], [result]))  # Add would be fused back
         position = self.nodes.index(gemm)
         self.nodes[position : position + 1] = made
         self.makers |= {part.output[0]: part for part in made}

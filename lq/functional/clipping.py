@@ -10,8 +10,7 @@ from lq.functional.levels import CodeRange
 __all__ = ["SAWB_COEFFICIENTS", "pact_quantize", "sawb_scale"]
 
 # Number of levels to (c1, c2). Those of 7 levels are fitted here as the others were: a straight line through the best
-# bounds of six densities, which gives 2.5/-1.6, 3.2/-2.2, 7.5/-6.9 and 11.9/-11.8 for 3, 4, 8 and 15 levels. 256
-# levels take those of 255.
+# bounds of six densities, which gives 2.5/-1.6, 3.2/-2.2, 7.5/-6.9 and 11.9/-11.8 for 3, 4, 8 and 15 levels.
 SAWB_COEFFICIENTS = {
     3: (2.6, -1.71),
     4: (3.12, -2.064),
@@ -19,11 +18,8 @@ SAWB_COEFFICIENTS = {
     8: (7.509, -6.892),
     15: (12.035, -12.03),
     16: (12.68, -12.80),
-    32: (17.74, -18.64),
-    127: (28.24, -30.81),
-    255: (31.76, -35.04),
-    256: (31.76, -35.04),
 }
+_FLAT = 0.85  # bounds below so many root mean squares are those of weights that no such density describes
 
 
 def pact_quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0) -> Tensor:
@@ -33,8 +29,8 @@ def pact_quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float =
         dy/dx     = 1 inside the range, 0 outside
         dy/dalpha = 0 inside, 1 above and (where there are negative levels) -1 below
 
-    The gradient of ``scale`` is divided by ``(hi + offset)^2``, so that a step of the optimizer moves alpha exactly as
-    if alpha itself were the parameter.
+    The gradient of ``scale`` is divided by ``(hi + offset)^2``, so that a step of SGD moves alpha exactly as if alpha
+    itself were the parameter.
 
     Args:
         x: floating point, any shape.
@@ -57,21 +53,23 @@ def pact_quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float =
     largest = hi + offset
     slow = scale / largest**2
     s = positive(slow + (scale - slow).detach())
-    clipped = torch.minimum(torch.maximum(x, s * (lo + offset)), s * largest)
+    low, high = s * (lo + offset), s * largest
+    clipped = torch.where(x >= high, high, torch.where(x < low, low, x))
     return clipped + (hard_quantize(x, s, lo=lo, hi=hi, offset=offset) - clipped).detach()
 
 
 def sawb_scale(rows: Tensor, codes: CodeRange) -> Tensor:
     """Scale from two moments of the weights: the bound ``alpha = c1 sqrt(E[w^2]) + c2 E|w|`` over the largest level.
 
-    The coefficients are a fit of the bound with the least squared error over densities of several shapes.
+    The coefficients are a fit of the bound with the least squared error over densities of several shapes. Weights that
+    are flatter than those, such as a few of one magnitude, and more than 16 levels take the largest weight for bound.
 
     Args:
         rows: weights, shape ``(C, N)``, one row per scale.
-        codes: code range; its number of levels is a key of `SAWB_COEFFICIENTS`.
+        codes: code range; up to 16 levels their number is a key of `SAWB_COEFFICIENTS`.
 
     Returns:
-        Positive scales, shape ``(C,)``; where the fit gives no positive bound, that of the largest weight.
+        Positive scales, shape ``(C,)``.
 
     Raises:
         ValueError: for a number of levels that has no coefficients.
@@ -82,11 +80,15 @@ def sawb_scale(rows: Tensor, codes: CodeRange) -> Tensor:
     >>> sawb_scale(torch.tensor([[-1.0, 1.0, -1.0, 1.0]]), CodeRange(-1, 1, 0.0))
     tensor([0.8900])
     """
+    largest = rows.abs().amax(1)
+    if codes.levels > max(SAWB_COEFFICIENTS):
+        return positive(largest / codes.largest)
     if codes.levels not in SAWB_COEFFICIENTS:
         raise ValueError(
-            f"levels must be one of {tuple(SAWB_COEFFICIENTS)} for quantizer='pact', got {codes.levels}: choose bits "
-            "and grid that have so many"
+            f"levels must be one of {tuple(SAWB_COEFFICIENTS)} or more for quantizer='pact', got {codes.levels}: "
+            "choose bits and grid that have so many"
         )
     first, second = SAWB_COEFFICIENTS[codes.levels]
-    bound = first * rows.square().mean(1).sqrt() + second * rows.abs().mean(1)
-    return positive(torch.where(bound > 0, bound, rows.abs().amax(1)) / codes.largest)
+    rms = rows.square().mean(1).sqrt()
+    bound = torch.minimum(first * rms + second * rows.abs().mean(1), largest)
+    return positive(torch.where(bound < _FLAT * rms, largest, bound) / codes.largest)

@@ -37,7 +37,8 @@ def dsq_soft(x: Tensor, scale: Tensor, alpha: Tensor, *, lo: int, hi: int, offse
     tensor([0.5000, 0.7679, 1.0000])
     """
     s = positive(scale)
-    k = torch.log(2 / alpha.clamp(_ALPHA_MIN, DSQ_ALPHA_MAX) - 1)
+    near = alpha + (alpha.clamp(_ALPHA_MIN, DSQ_ALPHA_MAX) - alpha).detach()  # from outside it can still come back
+    k = torch.log(2 / near - 1)
     u = (x / s - offset).clamp(lo, hi)
     i = u.detach().floor().clamp(lo, hi - 1)
     return s * (i + 0.5 + torch.tanh(k * (u - i - 0.5)) / (2 * torch.tanh(k / 2)) + offset)

@@ -39,7 +39,7 @@ def log_round(u: Tensor, points: Tensor) -> Tensor:
     tensor([-1.0000,  0.5000,  0.5000])
     """
     points = points.to(u.dtype)
-    between = (points[1:] * points[:-1]).sqrt()
+    between = points[:-1] * (points[1:] / points[:-1]).sqrt()
     return torch.copysign(points[torch.bucketize(u.abs(), between, right=True)], u)
 
 
@@ -50,10 +50,9 @@ def power_of_two_scale(rows: Tensor) -> Tensor:
         rows: shape ``(C, N)``, one row per scale.
 
     Returns:
-        Scales, shape ``(C,)``; 1 for rows of zeros.
+        Scales, shape ``(C,)``; 2^-39 for rows of zeros, for which no level is exact.
 
     >>> power_of_two_scale(torch.tensor([[0.3, -0.2], [0.0, 0.0]]))
-    tensor([0.2500, 1.0000])
+    tensor([2.5000e-01, 1.8190e-12])
     """
-    largest = rows.abs().amax(1)
-    return torch.exp2(torch.where(largest > 0, largest, torch.ones_like(largest)).log2().round())
+    return torch.exp2(rows.abs().amax(1).clamp_min(2.0**-39).log2().round())

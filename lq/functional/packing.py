@@ -104,6 +104,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8 or not count:
         return packed.clone()
     groups = -(-count // 8)
+    if packed.storage_offset() % 4:  # where wide columns cannot be seen
+        packed = packed.clone()
     if groups * bits != packed.numel():
         packed = torch.cat([packed, packed.new_zeros(groups * bits - packed.numel())])
     source, words = packed.view(groups, bits), torch.empty(groups, dtype=torch.int64)

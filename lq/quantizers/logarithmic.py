@@ -10,6 +10,8 @@ from lq.quantizers.points import PointQuantizer
 
 __all__ = ["LogQuantizer"]
 
+_MOST_SHIFTS = 24
+
 
 class LogQuantizer(PointQuantizer):
     """``2^(b-1)`` magnitudes with evenly spaced exponents and a sign bit, no zero; the scale is a power of two.
@@ -41,8 +43,8 @@ class LogQuantizer(PointQuantizer):
 
     @property
     def shiftable(self) -> bool:
-        """Exponents are whole."""
-        return self.span % (self.points.shape[-1] - 1) == 0
+        """Exponents are whole, and few enough for 32-bit accumulators."""
+        return self.span % (self.points.shape[-1] - 1) == 0 and self.span < _MOST_SHIFTS
 
     def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
         """Nearest levels in the logarithmic domain.
@@ -60,7 +62,7 @@ class LogQuantizer(PointQuantizer):
                 self._choose_(x.detach(), None, self.power)
                 scale = self.scale.to(x.dtype)
         column = scale.reshape(-1, 1)
-        inside = torch.minimum(torch.maximum(x, -column), column)
+        inside = torch.where(x.abs() > column, torch.copysign(column, x), x)
         return inside + (self._nearest(x.detach(), scale) - inside).detach()
 
     def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:

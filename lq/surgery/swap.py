@@ -255,7 +255,8 @@ def _rebuild(layer: QuantLayer, spec: LayerSpec, rebuilt: dict[Quantizer, Quanti
 
 def _keep_scale(new: Quantizer, old: Quantizer) -> None:
     learned, new.scale = new.scale.requires_grad, old.scale
-    new.scale.requires_grad_(learned)
+    if type(new) is not type(old):
+        new.scale.requires_grad_(learned)
 
 
 def dequantize_model(model: nn.Module, *, keep_latent: bool = False) -> list[str]:

@@ -148,6 +148,34 @@ def test_linear_layers_are_products_of_integers_without_overflow(tmp_path, spec,
     np.testing.assert_allclose(y, expected, atol=1e-5 * float(np.abs(expected).max()), rtol=0)
 
 
+REAL = {
+    "fractional exponents": {"bits": 3, "quantizer": "dlq", "activation_bits": 8},
+    "many exponents": {"bits": 6, "quantizer": "log2", "granularity": "channel"},
+    "a codebook": {"bits": 3, "quantizer": "codebook"},
+    "wide mid-rise": {"bits": 8, "grid": "mid_rise"},
+    "large multiples": {"bits": 5, "quantizer": "subset", "candidates": "three_words"},
+    "points per channel": {"bits": 3, "quantizer": "subset", "granularity": "channel", "points_per": "channel"},
+    "a gain below zero": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize("shape", [(24,), (5, 24)])
+@pytest.mark.parametrize("what", REAL)
+def test_linear_layers_of_real_numbers_are_not_quantized_anew(tmp_path, what, shape):
+    norm = [nn.BatchNorm1d(16)] if len(shape) == 1 else []
+    model = nn.Sequential(nn.Linear(24, 16), *norm, nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    if norm:
+        norm[0].weight.data = torch.linspace(-1, 2, 16) if what == "a gain below zero" else torch.rand(16) + 0.5
+        norm[0].running_mean.uniform_(-1, 1)
+    model = quantized(model, shape, first_last_bits=None, **REAL[what])
+    path = write_onnx(model, tmp_path / "net.onnx", shape)
+    x = torch.randn(32, *shape)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    y = session(path).run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(y, expected, atol=2e-6 * float(np.abs(expected).max()), rtol=0)
+
+
 @pytest.mark.parametrize(("bits", "kind"), [(7, "INT8"), (8, "UINT8")])
 def test_signed_integers_are_used_where_no_processor_overflows(tmp_path, bits, kind):
     model = quantized(Chain(), SHAPE, bits=bits, activation_bits=8, first_last_bits=None)

@@ -26,6 +26,16 @@ def test_many_codes_of_any_shape_and_stride(bits):
     assert torch.equal(unpack(pack(part, bits), bits, part.numel()), part)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bytes_may_lie_anywhere_in_memory(bits):
+    codes = torch.arange(64).remainder(1 << bits).to(torch.uint8)
+    packed = pack(codes, bits)
+    for start in range(1, 4):
+        moved = torch.cat([packed.new_zeros(start), packed])[start:]
+        assert torch.equal(unpack(moved, bits, 64), codes)
+        assert torch.equal(pack(torch.cat([codes.new_zeros(start), codes])[start:], bits), packed)
+
+
 def test_codes_that_do_not_fit_and_bytes_that_are_not_theirs_are_refused():
     with pytest.raises(ValueError, match=r"codes must lie in 0\.\.7 for 3 bits, got 0\.\.8"):
         pack(torch.tensor([0, 8]), 3)

@@ -56,13 +56,43 @@ def test_sawb_is_near_the_bound_with_the_least_error(levels, density):
     assert error(sawb_scale(rows, codes)) < 1.15 * best
 
 
-def test_sawb_names_the_widths_it_has_and_outlives_weights_it_was_not_made_for():
-    with pytest.raises(ValueError, match=r"levels must be one of \(3, 4, 7.*got 31: choose bits and grid"):
-        sawb_scale(torch.ones(1, 4), code_range(5))
-    two = torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
-    scale = sawb_scale(two, code_range(8))  # 31.76 - 35.04 is negative
-    assert scale[0] == pytest.approx(1 / 127)
-    assert scale[1] > 0
+@pytest.mark.parametrize("levels", [*SAWB_COEFFICIENTS, 31, 255, 256])
+def test_sawb_outlives_weights_it_was_not_made_for(levels):
+    codes = code_range(2, levels=levels, grid="mid_tread" if levels % 2 else "mid_rise")
+    rows = torch.stack(
+        [
+            torch.tensor([1.0, -1.0] * 5),  # of one magnitude
+            torch.linspace(-1, 1, 10),
+            torch.tensor([1, 1.02, 0.98, 1.1, -1.2, -0.7, 1.3, 0.8, -0.6, 1.0]),
+            torch.tensor([0.5] + [0.0] * 9),
+        ]
+    )
+    bound = sawb_scale(rows, codes) * codes.largest
+    assert bool((bound <= rows.abs().amax(1) + 1e-6).all())
+    assert bool((bound >= 0.85 * rows.square().mean(1).sqrt() - 1e-6).all())
+    if levels > 16:
+        torch.testing.assert_close(bound, rows.abs().amax(1))
+    assert sawb_scale(torch.zeros(1, 4), codes) > 0
+
+
+def test_sawb_names_the_numbers_of_levels_it_has():
+    with pytest.raises(ValueError, match=r"levels must be one of \(3, 4, 7.*or more.*got 5: choose bits and grid"):
+        sawb_scale(torch.ones(1, 4), code_range(2, levels=5))
+
+
+def test_values_at_the_bounds_count_as_the_papers_say():
+    x = torch.tensor([0.0, 0.5, 3.0, -0.1], requires_grad=True)
+    scale = torch.ones(1, requires_grad=True)
+    pact_quantize(x, scale, lo=0, hi=3).sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert scale.grad.item() * 3 == pytest.approx(1.0)  # alpha learns where x >= alpha
+
+
+def test_an_alpha_at_its_bound_or_beyond_comes_back():
+    for start in (0.5, 0.6, 1e-4):
+        alpha = torch.tensor([start], requires_grad=True)
+        dsq_soft(torch.linspace(-1, 1, 7), torch.ones(1), alpha, lo=-1, hi=1).square().sum().backward()
+        assert alpha.grad.abs() > 0
 
 
 @pytest.mark.parametrize("codes", [CodeRange(-3, 3, 0.0), CodeRange(-2, 1, 0.5), CodeRange(0, 3, 0.0)])
@@ -113,4 +143,4 @@ def test_logarithmic_rounding_is_rounding_of_the_exponent(count, span):
 def test_whole_exponents_are_powers_of_two_and_so_is_the_scale():
     assert log_points(8, 7).tolist() == [2.0**-e for e in range(7, -1, -1)]
     rows = torch.tensor([[0.9, -0.1], [0.0, 0.0], [3.1, 0.2], [-2.8, 1.0]])
-    assert power_of_two_scale(rows).tolist() == [1.0, 1.0, 4.0, 2.0]
+    assert power_of_two_scale(rows).tolist() == [1.0, 2.0**-39, 4.0, 2.0]
