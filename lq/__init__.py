@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lq import callbacks, functional, metrics, models, nn, quantizers
+    from lq import callbacks, functional, metrics, models, nn, quantizers, spec, testing
     from lq.calibration import calibrate, reestimate_batch_norm
     from lq.callbacks import (
         HoldAtAlignment,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lq.spec import QuantSpec
     from lq.surgery import SwapReport, dequantize_model, quantize_model
 
-_MODULES = ("callbacks", "functional", "metrics", "models", "nn", "quantizers")
+_MODULES = ("callbacks", "functional", "metrics", "models", "nn", "quantizers", "spec", "testing")
 _NAMES = {
     "calibrate": "lq.calibration",
     "reestimate_batch_norm": "lq.calibration",
@@ -92,6 +92,8 @@ __all__ = [
     "search",
     "search_subset",
     "set_slope",
+    "spec",
+    "testing",
     "two_word_candidates",
 ]
 

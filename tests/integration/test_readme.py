@@ -23,7 +23,7 @@ def test_no_result_is_left_to_be_filled_in():
 
 
 def test_there_are_blocks_to_run():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 class Module(Plain):
@@ -86,3 +86,10 @@ def test_files_and_commands_that_it_names_exist():
         assert (root / target).exists(), target
     for recipe in re.findall(r"recipes=(\w+)", TEXT):
         assert recipe == "mine" or (root / "recipes" / f"{recipe}.yaml").is_file()
+
+
+def test_the_float_network_teaches():
+    scope: dict = {"lq": lq}
+    exec("callback = " + BLOCKS[5], scope)
+    assert scope["callback"].student == "model"
+    assert lq.testing.check_quantizer(lq.spec.LayerSpec(quantizer="lsq")) is None
