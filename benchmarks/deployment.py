@@ -15,7 +15,6 @@ import csv
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import onnxruntime
 import timm
 import torch
 from search_table import network
+from timing import interleaved
 from torch import nn
 
 import lq
@@ -42,15 +42,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def median_seconds(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median of each, one after the other in every round."""
-    spent: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            spent[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in spent.items()}
+    return {name: statistics.median(spent) for name, spent in interleaved(runs, rounds, warmup=1).items()}
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:

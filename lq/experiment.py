@@ -1,13 +1,15 @@
 """The recipes' run, from a float network to a quantized, tracked, stored one."""
 
 import copy
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
 
 from lq.callbacks import LearnedQuantization
 from lq.checkpoints import load_from_checkpoint
@@ -24,6 +26,8 @@ from lq.tracking.figures import alignment_figure, weights_figure
 __all__ = ["Outcome", "Settings", "run"]
 
 NETWORK = "network.lq.safetensors"
+FLOAT_NETWORK = "network.safetensors"
+_Stored = tuple[dict[str, Any], dict[str, Any]]
 _say = rank_zero_only(print)
 
 
@@ -34,7 +38,7 @@ class Settings:
     Args:
         model: arguments of `lq.models.create_model`.
         optimizer: arguments of `lq.classifier.Classifier` but model and prefix.
-        quantization: the callback.
+        quantization: the callback; None fine-tunes the float network, for comparison.
         data: the DataModule.
         trainer: arguments of the Trainer of the quantized stage.
         loggers: Lightning loggers.
@@ -44,6 +48,7 @@ class Settings:
         pretrain_epochs: float epochs before quantization; 0 where model.checkpoint holds a float network.
         pretrain_lr: learning rate of those.
         select: which network is stored: "best" by the monitored metric, or "last".
+        test: whether to score on the test set; trials that choose between settings go without.
         ckpt_path: checkpoint to resume the quantized stage from.
         registered_model: name under which MLflow registers the packed network; None registers none.
         description: the whole configuration, for the tracking store.
@@ -51,7 +56,7 @@ class Settings:
 
     model: dict[str, Any]
     optimizer: dict[str, Any]
-    quantization: LearnedQuantization
+    quantization: LearnedQuantization | None
     data: LightningDataModule
     trainer: dict[str, Any]
     loggers: list[Any]
@@ -61,6 +66,7 @@ class Settings:
     pretrain_epochs: int = 0
     pretrain_lr: float = 0.1
     select: str = "best"
+    test: bool = True
     ckpt_path: str | None = None
     registered_model: str | None = None
     description: dict[str, Any] | None = None
@@ -68,38 +74,53 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Figures of a finished run.
+    """Figures of a finished run; accuracies from 0 to 1.
 
     Args:
-        float_accuracy: of the float network on the test set; None after a resume.
-        quantized_accuracy: of the hard quantized network on the test set.
-        alignment: of its weights.
+        float_accuracy: of the float network on the test set; None after a resume, or without a test.
+        accuracy: of the trained network, hard quantized, on the test set; None without a test.
+        held_out_accuracy: of the same on the held-out images; None where there are none.
+        alignment: of its weights; None for a float network, as is the size.
         size: of its weights.
-        network: the packed network, for `lq.load`.
+        network: the packed network, for `lq.load`; a float one's weights, for ``model.checkpoint``.
     """
 
     float_accuracy: float | None
-    quantized_accuracy: float
-    alignment: float
-    size: NetworkSize
-    network: Path
+    accuracy: float | None
+    held_out_accuracy: float | None = None
+    alignment: float | None = None
+    size: NetworkSize | None = None
+    network: Path | None = None
+
+    @property
+    def objective(self) -> float:
+        """What sweepers maximise: the accuracy on the test set, without a test on held-out images."""
+        found = self.held_out_accuracy if self.accuracy is None else self.accuracy
+        return float("nan") if found is None else found
 
     def __str__(self) -> str:
         """A short table."""
-        size = self.size
-        ratio = size.float_bytes / size.packed_bytes
+        kind, size = "float" if self.size is None else "quantized", self.size
         rows = [
-            ("test accuracy, float", "-" if self.float_accuracy is None else f"{self.float_accuracy:.2%}"),
-            ("test accuracy, quantized", f"{self.quantized_accuracy:.2%}"),
-            ("weights, float", f"{size.float_bytes:,} bytes"),
-            (
-                "weights, quantized",
-                f"{size.packed_bytes:,} bytes ({size.bits_per_weight:.2f} bits each, 1/{ratio:.1f})",
-            ),
-            ("alignment", f"{self.alignment:.3f}"),
-            ("network, packed", str(self.network)),
+            ("test accuracy, float" + (" at the start" if size is None else ""), _percent(self.float_accuracy)),
+            (f"test accuracy, {kind}", _percent(self.accuracy)),
+            (f"held-out accuracy, {kind}", _percent(self.held_out_accuracy)),
         ]
+        if size is not None:
+            ratio = size.float_bytes / size.packed_bytes
+            packed = f"{size.packed_bytes:,} bytes ({size.bits_per_weight:.2f} bits each, 1/{ratio:.1f})"
+            rows += [("weights, float", f"{size.float_bytes:,} bytes"), ("weights, quantized", packed)]
+            rows += [("alignment", f"{self.alignment:.3f}")]
+        rows += [("network, float" if size is None else "network, packed", str(self.network))]
         return format_table(("result", "value"), rows)
+
+    def to_json(self) -> str:
+        """The figures, for programs."""
+        return json.dumps(asdict(self), default=str, indent=1) + "\n"
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.2%}"
 
 
 def run(settings: Settings) -> Outcome:
@@ -118,21 +139,37 @@ def run(settings: Settings) -> Outcome:
         raise ValueError(f"select must be 'best' or 'last', got {settings.select!r}: choose one of those")
     seed_everything(settings.seed, workers=True, verbose=False)
     classifier = Classifier(settings.model, **settings.optimizer)
-    make_plan(classifier, settings.quantization.spec)
+    if settings.quantization is not None:
+        make_plan(classifier, settings.quantization.spec)
     settings.data.prepare_data()
     with tracked(settings.loggers, settings.description):
         return _run(settings, classifier)
 
 
 def _run(settings: Settings, classifier: Classifier) -> Outcome:
-    float_accuracy = None
+    float_accuracy, quantization = None, settings.quantization
     if settings.ckpt_path is None:
         float_accuracy = _float_stage(settings, classifier)
     seed_everything(settings.seed, workers=True, verbose=False)
-    trainer = make_trainer(settings, [settings.quantization, *settings.callbacks])
-    _say("Quantization-aware training")
+    trainer = make_trainer(settings, [*([quantization] if quantization else []), *settings.callbacks])
+    _say("Quantization-aware training" if quantization else "Float fine-tuning")
     trainer.fit(classifier, settings.data, ckpt_path=settings.ckpt_path, weights_only=True)
     stored = _stored(settings, trainer, classifier)
+    store = _store_packed if quantization else _store_float
+    figures, packed = store(settings, trainer, stored)
+    accuracy = score(settings, stored, "")[0] if settings.test else None
+    outcome = Outcome(float_accuracy, accuracy, _held_out(settings, trainer), **packed)
+    if trainer.is_global_zero:
+        (settings.output_dir / "outcome.json").write_text(outcome.to_json())
+        store_files(settings.loggers, [outcome.network] if outcome.network else [], figures)
+        log_text(settings.loggers, "lq/outcome.txt", str(outcome))
+        if settings.registered_model and quantization and outcome.network:
+            log_packed_model(settings.loggers, outcome.network, registered_name=settings.registered_model)
+    return outcome
+
+
+def _store_packed(settings: Settings, trainer: Trainer, stored: Classifier) -> _Stored:
+    """Figures to log and fields of the outcome. The packed network replaces the trained one: what is scored ships."""
     network = settings.output_dir / NETWORK
     # packed weights lie on their levels: how well training aligned them is seen before
     alignment, size = network_metrics(stored, layers=False)[metric("alignment")], network_size(stored)
@@ -141,18 +178,19 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
         figures = {"weights.png": weights_figure(stored), "alignment.png": alignment_figure(stored)}
         save(stored, network, input=input_of(settings.data), metrics=_monitored(settings, trainer))
     trainer.strategy.barrier()
-    stored.model = load(network)  # what is scored is what ships
-    accuracy, _ = score(settings, stored, "")
-    outcome = Outcome(float_accuracy, accuracy, alignment, size, network)
+    stored.model = load(network)
+    return figures, {"alignment": alignment, "size": size, "network": network}
+
+
+def _store_float(settings: Settings, trainer: Trainer, stored: Classifier) -> _Stored:
+    path = settings.output_dir / FLOAT_NETWORK
     if trainer.is_global_zero:
-        store_files(settings.loggers, [network], figures)
-        log_text(settings.loggers, "lq/outcome.txt", str(outcome))
-        if settings.registered_model:
-            log_packed_model(settings.loggers, network, registered_name=settings.registered_model)
-    return outcome
+        save_file({name: tensor.contiguous() for name, tensor in stored.model.state_dict().items()}, path)
+    trainer.strategy.barrier()
+    return {}, {"network": path}
 
 
-def _float_stage(settings: Settings, classifier: Classifier) -> float:
+def _float_stage(settings: Settings, classifier: Classifier) -> float | None:
     if settings.pretrain_epochs:
         classifier.prefix, peak = "float/", classifier.settings["lr"]
         classifier.settings["lr"] = settings.pretrain_lr
@@ -160,7 +198,7 @@ def _float_stage(settings: Settings, classifier: Classifier) -> float:
         trainer = make_trainer(settings, max_epochs=settings.pretrain_epochs, enable_checkpointing=False)
         trainer.fit(classifier, settings.data)
         classifier.prefix, classifier.settings["lr"] = "", peak
-    return score(settings, classifier, "float/")[0]
+    return score(settings, classifier, "float/")[0] if settings.test else None
 
 
 def _checkpoint(settings: Settings, trainer: Trainer) -> ModelCheckpoint | None:
@@ -177,8 +215,17 @@ def _monitored(settings: Settings, trainer: Trainer) -> dict[str, float]:
     return {checkpoint.monitor: float(checkpoint.best_model_score)}
 
 
+def _held_out(settings: Settings, trainer: Trainer) -> float | None:
+    """Accuracy of the stored network on the held-out images."""
+    monitored = _monitored(settings, trainer)
+    found = monitored.get("val/acc") if monitored else trainer.callback_metrics.get("val/acc")
+    return None if found is None else float(found)
+
+
 def _stored(settings: Settings, trainer: Trainer, classifier: Classifier) -> Classifier:
     checkpoint = _checkpoint(settings, trainer)
     if checkpoint is None:
         return copy.deepcopy(classifier).eval()
+    if settings.quantization is None:
+        return Classifier.load_from_checkpoint(checkpoint.best_model_path, map_location="cpu", weights_only=True)
     return load_from_checkpoint(Classifier, checkpoint.best_model_path, map_location="cpu")

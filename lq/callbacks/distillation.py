@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lq.callbacks.patches import Patches
+from lq.files import raw_bytes
 from lq.functional.distillation import distillation_loss, feature_loss
 from lq.surgery import dequantize_model
 from lq.tracking import metric
@@ -228,6 +229,6 @@ def _check_shapes(what: str, student: Tensor, teacher: Tensor) -> None:
 def _fingerprint(network: nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        total.update(f"{name} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().float().numpy().tobytes())
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(raw_bytes(tensor))
     return total.hexdigest()

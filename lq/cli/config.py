@@ -31,7 +31,7 @@ class TrainConfig:
     model: Any = MISSING
     data: Any = MISSING
     optimizer: Any = MISSING
-    quantizer: Any = MISSING
+    quantizer: Any = None
     schedule: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
@@ -41,6 +41,7 @@ class TrainConfig:
     pretrain_epochs: int = doc("float epochs before quantization; 0 where model.checkpoint is a float network.", 0)
     pretrain_lr: float = doc("peak learning rate of those.", 0.1)
     select: str = doc('which network is stored: "best" on the held-out images, or "last".', "best")
+    test: bool = doc("whether to score on the test set; false for trials that choose between settings.", True)
     ckpt_path: str | None = doc("checkpoint to resume the quantized stage from.", None)
     registered_model: str | None = doc("name under which MLflow registers the packed network; null for none.", None)
     output_dir: str = doc("folder for checkpoints, logs and codes.", MISSING)
@@ -86,9 +87,10 @@ def build(config: DictConfig) -> Settings:
         ValueError: for a bad value, naming the field, the values allowed and the fix.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    spec = QuantSpec.from_dict(plain["quantizer"])
-    anneal = instantiate(config.schedule, _convert_="all")
-    quantization = LearnedQuantization(spec, AnnealSpec(**anneal))
+    quantization = None
+    if plain["quantizer"] is not None:
+        anneal = instantiate(config.schedule, _convert_="all")
+        quantization = LearnedQuantization(QuantSpec.from_dict(plain["quantizer"]), AnnealSpec(**anneal))
     return Settings(
         model=plain["model"],
         optimizer=plain["optimizer"],
@@ -101,7 +103,7 @@ def build(config: DictConfig) -> Settings:
         description={**plain, "overrides": given_overrides()},
         **{
             name: plain[name]
-            for name in ("seed", "pretrain_epochs", "pretrain_lr", "select", "ckpt_path", "registered_model")
+            for name in ("seed", "pretrain_epochs", "pretrain_lr", "select", "test", "ckpt_path", "registered_model")
         },
     )
 
@@ -115,6 +117,8 @@ def run_name(plain: dict[str, Any]) -> str:
     Returns:
         Network, method and widths, such as "resnet18 soft W4A4".
     """
+    if plain["quantizer"] is None:
+        return f"{plain['model']['name']} float"
     spec = QuantSpec.from_dict(plain["quantizer"])
     return f"{plain['model']['name']} {spec.quantizer} {spec.widths}"
 

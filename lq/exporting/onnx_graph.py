@@ -118,8 +118,8 @@ class _Graph:
             levels = self._node("Gather", [self._constant(f"{codes}.table", stored.table), index], result, axis=0)
         if stored.axis:
             self._turn_back(node)
-        users = self.users(result)
-        if stored.whole and all(self._product_of_codes(user, result) for user in users):
+        users, takes_scale = self.users(result), bool((stored.scale > 0).all())  # as DequantizeLinear wants it
+        if stored.whole and takes_scale and all(self._product_of_codes(user, result) for user in users):
             node.input[1], integers = self._constant(f"{scale}.integer", stored.scale), levels
         elif stored.integer_scale is not None and all(self._between_codes(u, ("QuantizeLinear",)) for u in users):
             assert stored.factor is not None

@@ -54,9 +54,9 @@ class StoredWeight:
 
     @property
     def whole(self) -> bool:
-        """Whether runtimes can take the levels for 8-bit integers and the scale for theirs."""
-        fits = self.has_codes and bool((self.largest <= _LARGEST).all()) and bool((self.scale > 0).all())
-        return fits and (self.table is None or bool((self.table == self.table.round()).all()))
+        """Whether levels are integers of 8 bits."""
+        real = not self.has_codes or (self.table is not None and bool((self.table != self.table.round()).any()))
+        return not real and bool((self.largest <= _LARGEST).all())
 
     @property
     def largest(self) -> Tensor:
@@ -140,12 +140,11 @@ def _codes(layer: QuantLayer, fold_points: bool) -> tuple[Tensor, Tensor, Tensor
 def _with_factor(layer: QuantLayer, stored: StoredWeight) -> StoredWeight:
     """Per channel, the factor that keeps levels in 8 bits and puts the bias nearest to a step of the accumulator."""
     inputs, bias = layer.input_quantizer, cast(Tensor | None, layer.bias)
-    whole = stored.table is None or bool((stored.table == stored.table.round()).all())
-    largest = stored.largest.double().clamp_min(1)
-    if inputs is None or not inputs.is_calibrated or not whole or bool((largest > _LARGEST).any()):
+    if inputs is None or not inputs.is_calibrated or not stored.whole:
         return stored
     if isinstance(layer, nn.ConvTranspose2d):
         return stored
+    largest = stored.largest.double().clamp_min(1)
     scale = stored.scale.double().expand(len(largest))
     added = torch.zeros_like(scale) if bias is None else bias.detach().double()
     step = positive(inputs.quantizer.scale.detach()).double()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lq.functional.hard import hard_quantize
-from lq.functional.layout import positive
+from lq.functional.layout import damped, positive
 from lq.functional.levels import CodeRange
 
 __all__ = ["SAWB_COEFFICIENTS", "pact_quantize", "sawb_scale"]
@@ -51,8 +51,7 @@ def pact_quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float =
     ([0.0, 1.0, 1.5], 0.3333333432674408)
     """
     largest = hi + offset
-    slow = scale / largest**2
-    s = positive(slow + (scale - slow).detach())
+    s = positive(damped(scale, 1 / largest**2))
     low, high = s * (lo + offset), s * largest
     clipped = torch.where(x >= high, high, torch.where(x < low, low, x))
     return clipped + (hard_quantize(x, s, lo=lo, hi=hi, offset=offset) - clipped).detach()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lq.functional.hard import hard_quantize
-from lq.functional.layout import positive
+from lq.functional.layout import damped, positive
 
 __all__ = ["DSQ_ALPHA_MAX", "dsq_quantize", "dsq_soft"]
 
@@ -67,6 +67,6 @@ def dsq_quantize(
     >>> dsq_quantize(x, torch.ones(1), torch.tensor([0.4]), lo=-1, hi=1).tolist()
     [0.0, 1.0]
     """
-    slow, shape = scale * gradient_scale, alpha * gradient_scale
-    soft = dsq_soft(x, slow + (scale - slow).detach(), shape + (alpha - shape).detach(), lo=lo, hi=hi, offset=offset)
+    learned = damped(scale, gradient_scale), damped(alpha, gradient_scale)
+    soft = dsq_soft(x, *learned, lo=lo, hi=hi, offset=offset)
     return soft + (hard_quantize(x, positive(scale), lo=lo, hi=hi, offset=offset) - soft).detach()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST_SCALE", "ScaleLayout", "pass_inside", "positive", "reduce_to_scale"]
+__all__ = ["SMALLEST_SCALE", "ScaleLayout", "damped", "pass_inside", "positive", "reduce_to_scale"]
 
 SMALLEST_SCALE = 1e-12
 _LARGEST_DOT = 2**31 - 1  # BLAS counts in 32 bits
@@ -27,6 +27,25 @@ def positive(scale: Tensor) -> Tensor:
     if scale.dtype in (torch.float16, torch.bfloat16):
         scale = scale.float()
     return scale.abs().clamp_min(SMALLEST_SCALE)
+
+
+def damped(parameter: Tensor, factor: float) -> Tensor:
+    """The same values, with the gradient multiplied by a factor.
+
+    Args:
+        parameter: any shape.
+        factor: on its gradient.
+
+    Returns:
+        Values of the parameter.
+
+    >>> scale = torch.ones(1, requires_grad=True)
+    >>> damped(scale, 0.5).backward()
+    >>> scale.grad
+    tensor([0.5000])
+    """
+    slow = parameter * factor
+    return slow + (parameter - slow).detach()
 
 
 def pass_inside(grad: Tensor, t: Tensor, low: float, high: float) -> Tensor:
@@ -68,9 +87,15 @@ def reduce_to_scale(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """
     if scale.numel() == 1:
         if a.numel() <= _LARGEST_DOT and a.dtype == b.dtype:
+            if not a.is_contiguous() and _channels_last(a) and _channels_last(b):
+                a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # as they lie in memory: flat without a copy
             return torch.dot(a.reshape(-1), b.reshape(-1)).to(scale.dtype).reshape(scale.shape)
         return (a * b).sum(dtype=scale.dtype).reshape(scale.shape)
     return (a * b).to(scale.dtype).sum_to_size(scale.shape)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class ScaleLayout(NamedTuple):

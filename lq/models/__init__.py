@@ -22,6 +22,7 @@ def create_model(
     pretrained: bool = False,
     checkpoint: str | None = None,
     options: Mapping[str, Any] | None = None,
+    channels_last: bool = False,
 ) -> nn.Module:
     """Build a timm model, optionally from a file of float weights.
 
@@ -33,6 +34,7 @@ def create_model(
         pretrained: whether timm downloads its weights.
         checkpoint: file of float weights, .safetensors or a torch file that loads with weights_only.
         options: further arguments of the model, such as img_size.
+        channels_last: keep images with their channels side by side, in which most convolutions are faster.
 
     Returns:
         The model.
@@ -51,7 +53,7 @@ def create_model(
     )
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    return model
+    return model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange
@@ -53,8 +53,13 @@ def _soft_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quanti
     return _soft(spec, codes, False, **common)
 
 
-def _lsq(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
-    return LSQQuantizer(codes, **common)
+def _uniform(kind: type[Quantizer]) -> Callable[..., Quantizer]:
+    """Of methods that need nothing of the spec but the code range."""
+    return lambda spec, codes, **common: kind(codes, **common)
+
+
+def _logarithmic(span: float | None) -> Callable[..., Quantizer]:
+    return lambda spec, codes, **common: LogQuantizer(spec.bits, span=span, **common)
 
 
 def _staircase(spec: LayerSpec, hard: bool) -> dict[str, Any]:
@@ -87,29 +92,14 @@ def _subset_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quan
     return InputSubsetQuantizer(codes, candidates=spec.activation_candidates, power=spec.power, **common)
 
 
-def _pact_weight(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
-    return SAWBQuantizer(codes, **common)
-
-
-def _pact_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
-    return PACTQuantizer(codes, **common)
-
-
-def _dsq(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
-    return DSQQuantizer(codes, **common)
-
-
-def _log2(spec: LayerSpec, _: CodeRange, **common: Any) -> Quantizer:
-    return LogQuantizer(spec.bits, **common)
-
-
-def _dlq(spec: LayerSpec, _: CodeRange, **common: Any) -> Quantizer:
-    return LogQuantizer(spec.bits, span=7.0, **common)
-
-
 REGISTRY: dict[str, Method] = {
     "soft": Method(_soft_weight, _soft_activation, "annealed soft staircase", source="lq"),
-    "lsq": Method(_lsq, _lsq, "hard levels, straight-through", source="Esser et al., ICLR 2020"),
+    "lsq": Method(
+        _uniform(LSQQuantizer),
+        _uniform(LSQQuantizer),
+        "hard levels, straight-through",
+        source="Esser et al., ICLR 2020",
+    ),
     "subset": Method(
         _subset,
         _subset_activation,
@@ -125,29 +115,29 @@ REGISTRY: dict[str, Method] = {
         source="Choi et al., ICLR 2017",
     ),
     "pact": Method(
-        _pact_weight,
-        _pact_activation,
+        _uniform(SAWBQuantizer),
+        _uniform(PACTQuantizer),
         "clipped activations, weights scaled by their moments (SAWB)",
         learned="bounds of activations",
         source="Choi et al., 2018; Choi et al., MLSys 2019",
     ),
     "dsq": Method(
-        _dsq,
-        _dsq,
+        _uniform(DSQQuantizer),
+        _uniform(DSQQuantizer),
         "hard levels, derivative of a soft staircase",
         learned="scales, shapes of the staircases",
         source="Gong et al., ICCV 2019",
     ),
     "log2": Method(
-        _log2,
-        _lsq,
+        _logarithmic(None),
+        _uniform(LSQQuantizer),
         "powers of two, rounded in the logarithmic domain",
         learned="scales of activations (lsq)",
         source="Miyashita et al., 2016",
     ),
     "dlq": Method(
-        _dlq,
-        _lsq,
+        _logarithmic(7.0),
+        _uniform(LSQQuantizer),
         "fractional exponents from -7 to 0",
         learned="scales of activations (lsq)",
         source="Cai et al., 2018",
@@ -191,7 +181,7 @@ def find_method(name: str) -> Method:
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    offered = _offered()
     if name not in offered:
         raise ValueError(
             f"quantizer must be one of {(*REGISTRY, *sorted(offered))}, got {name!r}: choose one of those or add it "
@@ -216,4 +206,8 @@ def method_names() -> list[str]:
     >>> method_names()[:2]
     ['soft', 'lsq']
     """
-    return [*REGISTRY, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - set(REGISTRY))]
+    return [*REGISTRY, *sorted(_offered().keys() - REGISTRY.keys())]
+
+
+def _offered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}

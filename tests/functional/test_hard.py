@@ -51,6 +51,18 @@ def test_lsq_equals_the_published_gradients(codes, shape):
     torch.testing.assert_close(s.grad, 0.25 * (upstream * per_value).sum_to_size(shape))
 
 
+@pytest.mark.parametrize("formats", [("x",), ("grad",), ("x", "grad")])
+def test_scales_learn_the_same_where_channels_lie_side_by_side(formats):
+    given = {"x": torch.randn(2, 6, 5, 4, dtype=torch.double), "grad": torch.randn(2, 6, 5, 4, dtype=torch.double)}
+    other = {n: t.to(memory_format=torch.channels_last) if n in formats else t for n, t in given.items()}
+    gradients = []
+    for tensors in (given, other):
+        s = torch.tensor([0.4], dtype=torch.double, requires_grad=True)
+        lsq_quantize(tensors["x"], s, lo=-3, hi=3).backward(tensors["grad"])
+        gradients.append(s.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_lsq_is_the_hard_quantizer_in_float32():
     x, s = torch.randn(10000) * 3, torch.tensor([0.37])
     assert torch.equal(lsq_quantize(x, s, lo=-7, hi=7), hard_quantize(x, s, lo=-7, hi=7))

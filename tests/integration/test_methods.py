@@ -17,23 +17,19 @@ SHAPE = (3, 8, 8)
 SMALL = {"import_path": "tests.helpers.modules:small_cnn"}
 
 
-def callback(method, **changes):
-    return lq.LearnedQuantization(
-        bits=3, quantizer=method, granularity="channel", calibration_batches=2, **{"strength": 0.2, **changes}
-    )
-
-
-def fitted(folder, method, callbacks=(), epochs=3, **changes):
+def trained(folder, method, saver, ckpt_path=None):
+    """A run of three epochs, from the start or from a checkpoint."""
     torch.manual_seed(0)
     module = Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4))
-    data = loader(shape=SHAPE)
-    return run(folder, module, [callback(method), *callbacks], data=data, epochs=epochs, **changes)
+    settings = {"granularity": "channel", "calibration_batches": 2, "strength": 0.2}
+    callbacks = [lq.LearnedQuantization(bits=3, quantizer=method, **settings), saver]
+    return run(folder, module, callbacks, ckpt_path, data=loader(shape=SHAPE), epochs=3)
 
 
 @pytest.mark.parametrize("method", REGISTRY)
 def test_a_method_goes_the_whole_way(tmp_path, method):
     saver = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-    trainer = fitted(tmp_path / "whole", method, [saver])
+    trainer = trained(tmp_path / "whole", method, saver)
     module = trainer.lightning_module
     torch.manual_seed(0)
     before = small_cnn()
@@ -43,16 +39,8 @@ def test_a_method_goes_the_whole_way(tmp_path, method):
         assert layer.layer_spec.quantizer in (method, "lsq")
         for name, parameter in layer.weight_quantizer.named_parameters():
             assert bool(torch.isfinite(parameter).all()), name
-    torch.manual_seed(0)
-    resumed = Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4))
-    again = run(
-        tmp_path / "again",
-        resumed,
-        [callback(method), ModelCheckpoint(tmp_path / "twice", save_top_k=0)],
-        ckpt_path=str(tmp_path / "kept" / "epoch=1.ckpt"),
-        data=loader(shape=SHAPE),
-        epochs=3,
-    )
+    other = ModelCheckpoint(tmp_path / "twice", save_top_k=0)
+    again = trained(tmp_path / "again", method, other, str(tmp_path / "kept" / "epoch=1.ckpt"))
     same_runs(trainer, again)
 
     network, x = module.net.eval(), torch.randn(16, *SHAPE)

@@ -19,6 +19,16 @@ def test_cifar_resnets_are_timm_models(name, layers):
     assert len(lq.quantize_model(model).rows) == layers
 
 
+def test_channels_last_changes_how_weights_lie_and_nothing_else():
+    torch.manual_seed(0)
+    plain = create_model("cifar_resnet8").eval()
+    other = create_model("cifar_resnet8", channels_last=True).eval()
+    other.load_state_dict(plain.state_dict())
+    assert other.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(other(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
 def test_bad_names_arguments_and_files(tmp_path):
     with pytest.raises(ValueError, match=r"model.name must be a timm model, got 'cifar_resnet21': did you .*resnet20"):
         create_model("cifar_resnet21")
