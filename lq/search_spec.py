@@ -71,6 +71,10 @@ class SearchSpec(QuantSpec):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must not be negative, got {value!r}: try 1e-2 or 1e-3")
+        if self.normalize:
+            raise ValueError(
+                "normalize must be False for a search, got True: nothing trains, search the weights as they are"
+            )
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must lie from 0 to below 1, got {self.drop!r}: QDrop takes 0.5")
 

@@ -16,7 +16,7 @@ ACTIVATIONS = ("auto", "signed", "unsigned", None)
 FORWARDS = ("soft", "hard")
 GRANULARITIES = ("tensor", "channel")
 SCALE_GRADIENTS = ("straight_through", "exact")
-POINT_QUANTIZERS = ("subset", "codebook", "log2", "dlq")
+POINT_QUANTIZERS = ("subset", "codebook", "log2", "dlq", "apot", "nulsq")
 ACTIVATION_LEVELS = ("uniform", "subset")
 
 
@@ -63,6 +63,7 @@ class LayerSpec:
             per channel.
         activation_levels: of "subset": levels of the input are "uniform" or a "subset" of activation_candidates.
         activation_candidates: as candidates, for the input.
+        normalize: quantize the weight after giving it mean 0 and the standard deviation it had before training.
 
     Raises:
         ValueError: naming the field, the value got, the values allowed and the fix.
@@ -93,6 +94,7 @@ class LayerSpec:
     points_per: str = "tensor"
     activation_levels: str = "uniform"
     activation_candidates: Any = "three_words"
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -164,7 +166,7 @@ class QuantSpec(LayerSpec):
 
     Args:
         first_last_bits: width of weights and activations in the first and last block, 2 to 8; null for no exception.
-            Where the others have points, these have uniform levels.
+            Where the others have points, these have uniform levels; their weights are not normalized.
         include: globs on module paths ("layer1.*") or on class names ("type:Conv2d"); null for all layers.
         exclude: the same, for layers to leave in float.
         overrides: glob to fields that differ there: {"blocks.0.*": {"bits": 8}}; later globs win.
@@ -212,7 +214,8 @@ class QuantSpec(LayerSpec):
         spec = self._plain()
         if first_or_last and self.first_last_bits is not None:
             uniform = {"quantizer": "lsq", "activation_levels": "uniform"} if spec.quantizer in POINT_QUANTIZERS else {}
-            spec = replace(spec, bits=self.first_last_bits, activation_bits="same", levels=None, **uniform)
+            changes = {"bits": self.first_last_bits, "activation_bits": "same", "levels": None, "normalize": False}
+            spec = replace(spec, **changes, **uniform)
         for pattern, changes in self.overrides.items():
             if matches(pattern, path, class_names):
                 widened = {"levels": None} if "bits" in changes else {}

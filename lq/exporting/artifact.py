@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,10 @@ def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for path, layer in named_quantized_layers(network).items():
         for key in [k for k in tensors if k.startswith(key_of(path, "parametrizations.weight."))]:
             del tensors[key]
-        tensors.pop(key_of(path, "weight"), None)
+        for name in ("weight", "weight_normalizer.spread"):  # codes are of the weight that was normalized
+            tensors.pop(key_of(path, name), None)
         weight, quantizer = layer.float_weight(), layer.weight_quantizer
-        layers[path] = {"shape": list(weight.shape), "spec": _changed(specs[path])}
+        layers[path] = {"shape": list(weight.shape), "spec": _changed(replace(specs[path], normalize=False))}
         owner = path if _computes_weight(layer) else owners[weight_key(layer)]
         if weight.dtype != torch.float32:
             layers[path]["dtype"] = str(weight.dtype).removeprefix("torch.")

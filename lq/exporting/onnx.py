@@ -123,6 +123,7 @@ def _replace_quantizers(
     for path, layer in named_quantized_layers(model).items():
         quantizer, stored = layer.input_quantizer, weights[path]
         layer.weight_quantizer = _FromCodes(stored)  # type: ignore[assignment]
+        layer.weight_normalizer = None
         if quantizer is not None and quantizer.is_calibrated:
             layer.input_quantizer = _Inputs(quantizer)  # type: ignore[assignment]
     named = model.named_modules(remove_duplicate=False)  # the exporter may choose any name of a layer

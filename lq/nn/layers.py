@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lq.functional.standardize import standardize
 from lq.nn.substitute import LAYER_TYPES, TRANSPOSED_TYPES, SubstituteWeight, probe_input
 from lq.quantizers import ActivationQuantizer, Quantizer
 
@@ -52,12 +53,14 @@ class QuantLayer(_Derived):
     Attributes:
         weight_quantizer: quantizes the weight that arrives at the operator, after any transform of the subclass.
         input_quantizer: quantizes the input; None for weight-only quantization.
+        weight_normalizer: what the weight passes before it is quantized; None where it does not.
         transforms_weight: whether the subclass computes that weight from its parameter (standardization).
         layer_spec: the `lq.spec.LayerSpec` it was made from; None where it was made by hand.
     """
 
     weight_quantizer: Quantizer
     input_quantizer: ActivationQuantizer | None
+    weight_normalizer: "WeightNormalizer | None"
     transforms_weight: bool
     layer_spec: object | None = None
 
@@ -77,7 +80,7 @@ class QuantLayer(_Derived):
             else:
                 name = next(iter(kwargs))
                 kwargs = {**kwargs, name: self.input_quantizer(kwargs[name])}
-        with SubstituteWeight(cast(Tensor, self.weight).shape, self.weight_quantizer):
+        with SubstituteWeight(cast(Tensor, self.weight).shape, self._quantize):
             return self.float_class.forward(self, *args, **kwargs)
 
     def float_weight(self) -> Tensor:
@@ -86,7 +89,22 @@ class QuantLayer(_Derived):
         Returns:
             Shape of the layer's weight.
         """
-        return operator_weight(self, self.float_class) if self.transforms_weight else cast(Tensor, self.weight)
+        weight = operator_weight(self, self.float_class) if self.transforms_weight else cast(Tensor, self.weight)
+        return weight if self.weight_normalizer is None else self.weight_normalizer(weight)
+
+    @torch.no_grad()
+    def normalize_(self, on: bool) -> None:
+        """Normalize the weight before it is quantized, to the standard deviation that it has now, or do not.
+
+        Args:
+            on: whether to.
+        """
+        self.weight_normalizer = None
+        if on:
+            self.weight_normalizer = WeightNormalizer(self.float_weight().std(correction=0))
+
+    def _quantize(self, weight: Tensor) -> Tensor:
+        return self.weight_quantizer(weight if self.weight_normalizer is None else self.weight_normalizer(weight))
 
     def quantized_weight(self) -> Tensor:
         """The hard quantized weight: what evaluation uses and what ships.
@@ -96,6 +114,32 @@ class QuantLayer(_Derived):
         """
         with torch.no_grad():
             return self.weight_quantizer.hard(self.float_weight())
+
+
+class WeightNormalizer(nn.Module):
+    """Gives a weight mean 0 and a fixed standard deviation; see `lq.functional.standardize.standardize`.
+
+    Args:
+        spread: the standard deviation, such as that of the float weight: it spares the layers behind a change of scale.
+    """
+
+    spread: Tensor
+
+    def __init__(self, spread: Tensor) -> None:
+        """Keep the spread."""
+        super().__init__()
+        self.register_buffer("spread", spread.detach().float().reshape(1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Normalize.
+
+        Args:
+            weight: as it arrives at the operator.
+
+        Returns:
+            Shape and dtype of the weight.
+        """
+        return standardize(weight, self.spread)
 
 
 class FixedWeight(_Derived):
@@ -150,13 +194,20 @@ def operator_weight(module: nn.Module, float_class: type[nn.Module] | None = Non
     return seen[0]
 
 
-def from_float(module: nn.Module, weight_quantizer: Quantizer, input_quantizer: ActivationQuantizer | None) -> None:
+def from_float(
+    module: nn.Module,
+    weight_quantizer: Quantizer,
+    input_quantizer: ActivationQuantizer | None,
+    *,
+    normalize: bool = False,
+) -> None:
     """Turn a float layer into its quantized twin, in place.
 
     Args:
         module: an instance of a class in `LAYER_TYPES` or of a subclass.
         weight_quantizer: for its weight; calibrated by the caller.
         input_quantizer: for its input, or None.
+        normalize: whether the weight is normalized before it is quantized.
 
     Raises:
         TypeError: for other modules, or one that is quantized already.
@@ -176,7 +227,9 @@ def from_float(module: nn.Module, weight_quantizer: Quantizer, input_quantizer: 
     module.__class__ = _derived(QuantLayer, float_class)  # type: ignore[assignment]
     module.add_module("weight_quantizer", weight_quantizer)
     module.add_module("input_quantizer", input_quantizer)
+    module.add_module("weight_normalizer", None)
     module.transforms_weight = transforms  # type: ignore[assignment]
+    cast(QuantLayer, module).normalize_(normalize)
     for quantizer in (weight_quantizer, input_quantizer):
         if quantizer is not None:
             quantizer.train(module.training)
@@ -200,7 +253,7 @@ def to_float(module: QuantLayer, weight: Tensor | None = None, *, own: bool = Fa
     'Linear'
     """
     fixed = weight is not None and module.transforms_weight
-    for name in ("weight_quantizer", "input_quantizer"):
+    for name in ("weight_quantizer", "input_quantizer", "weight_normalizer"):
         delattr(module, name)
     for name in ("transforms_weight", "layer_spec"):
         module.__dict__.pop(name, None)

@@ -37,6 +37,7 @@ def _adopt_one(module: nn.Module, work: nn.Module) -> None:
         module.layer_spec = work.layer_spec  # type: ignore[assignment]
         module.add_module("weight_quantizer", work.weight_quantizer)
         module.add_module("input_quantizer", work.input_quantizer)
+        module.add_module("weight_normalizer", work.weight_normalizer)
     for name, child in work.named_children():
         if type(getattr(module, name, None)) is not type(child) and not isinstance(child, QuantLayer):
             module.add_module(name, child)

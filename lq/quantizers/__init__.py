@@ -2,8 +2,10 @@
 
 from lq.functional.layout import ScaleLayout
 from lq.quantizers.activation import ActivationQuantizer
+from lq.quantizers.apot import APoTQuantizer
 from lq.quantizers.base import Quantizer
 from lq.quantizers.dsq import DSQQuantizer
+from lq.quantizers.learned_steps import LearnedStepsQuantizer
 from lq.quantizers.logarithmic import LogQuantizer
 from lq.quantizers.lsq import LSQQuantizer
 from lq.quantizers.pact import PACTQuantizer, SAWBQuantizer
@@ -15,10 +17,12 @@ from lq.spec import LayerSpec
 
 __all__ = [
     "REGISTRY",
+    "APoTQuantizer",
     "ActivationQuantizer",
     "CodebookQuantizer",
     "DSQQuantizer",
     "LSQQuantizer",
+    "LearnedStepsQuantizer",
     "LogQuantizer",
     "Method",
     "PACTQuantizer",

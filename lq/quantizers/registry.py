@@ -6,8 +6,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange
+from lq.quantizers.apot import APoTQuantizer, InputAPoTQuantizer
 from lq.quantizers.base import Quantizer
 from lq.quantizers.dsq import DSQQuantizer
+from lq.quantizers.learned_steps import InputLearnedStepsQuantizer, LearnedStepsQuantizer
 from lq.quantizers.logarithmic import LogQuantizer
 from lq.quantizers.lsq import LSQQuantizer
 from lq.quantizers.pact import PACTQuantizer, SAWBQuantizer
@@ -56,6 +58,11 @@ def _soft_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quanti
 def _uniform(kind: type[Quantizer]) -> Callable[..., Quantizer]:
     """Of methods that need nothing of the spec but the code range."""
     return lambda spec, codes, **common: kind(codes, **common)
+
+
+def _by_bits(kind: type[Quantizer]) -> Callable[..., Quantizer]:
+    """Of methods that need nothing of the spec but the width."""
+    return lambda spec, codes, **common: kind(spec.bits, **common)
 
 
 def _logarithmic(span: float | None) -> Callable[..., Quantizer]:
@@ -127,6 +134,20 @@ REGISTRY: dict[str, Method] = {
         "hard levels, derivative of a soft staircase",
         learned="scales, shapes of the staircases",
         source="Gong et al., ICCV 2019",
+    ),
+    "apot": Method(
+        _by_bits(APoTQuantizer),
+        _uniform(InputAPoTQuantizer),
+        "additive powers of two",
+        learned="scales",
+        source="Li et al., ICLR 2020",
+    ),
+    "nulsq": Method(
+        _by_bits(LearnedStepsQuantizer),
+        _uniform(InputLearnedStepsQuantizer),
+        "every distance between levels is learned",
+        learned="steps",
+        source="Gongyo et al., ACCV 2024",
     ),
     "log2": Method(
         _logarithmic(None),

@@ -103,7 +103,7 @@ def _quantize_layer(
     for part in (quantizer, inputs):
         if part is not None:
             part.to(weight.device)
-    from_float(module, quantizer, inputs)
+    from_float(module, quantizer, inputs, normalize=spec.normalize)
     assert isinstance(module, QuantLayer)
     module.layer_spec = spec  # type: ignore[assignment]
     if tied is None or quantizer is not tied[1]:
@@ -226,6 +226,8 @@ def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec], *, calibrate: b
             continue
         assert isinstance(old, LayerSpec)
         layer.layer_spec = new  # type: ignore[assignment]
+        if new.normalize != old.normalize:
+            layer.normalize_(new.normalize)
         if {new.quantizer, old.quantizer} & set(POINT_QUANTIZERS):
             _rebuild(layer, new, rebuilt, calibrate)
             continue

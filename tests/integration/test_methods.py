@@ -21,7 +21,7 @@ def trained(folder, method, saver, ckpt_path=None):
     """A run of three epochs, from the start or from a checkpoint."""
     torch.manual_seed(0)
     module = Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4))
-    settings = {"granularity": "channel", "calibration_batches": 2, "strength": 0.2}
+    settings = {"granularity": "channel", "calibration_batches": 2, "strength": 0.2, "normalize": method == "apot"}
     callbacks = [lq.LearnedQuantization(bits=3, quantizer=method, **settings), saver]
     return run(folder, module, callbacks, ckpt_path, data=loader(shape=SHAPE), epochs=3)
 
@@ -50,7 +50,7 @@ def test_a_method_goes_the_whole_way(tmp_path, method):
         lq.save(network, tmp_path / "net.lq.safetensors", architecture=SMALL), allow=[SMALL["import_path"]]
     )
     assert torch.equal(loaded(x), expected)
-    if method not in ("codebook", "dlq"):  # their levels are real numbers
+    if method not in ("codebook", "dlq", "nulsq"):  # their levels are real numbers
         near = lq.IntegerNetwork(network, SHAPE)(x)
         assert float((near - expected).abs().max()) < 0.1 * float(expected.abs().max())
     runtime = pytest.importorskip("onnxruntime")
@@ -65,6 +65,7 @@ def test_ends_that_are_found_late_learn_what_their_method_learns(method):
     lq.quantize_model(model, lq.QuantSpec(bits=3, quantizer=method))
     lq.calibrate(model, [torch.randn(16, 8)])
     for layer in named_quantized_layers(model).values():
-        fixed = layer.layer_spec.quantizer in ("pact", "log2", "dlq")
+        fixed = layer.layer_spec.quantizer in ("pact", "log2", "dlq", "nulsq")
         assert layer.weight_quantizer.scale.requires_grad != fixed
-        assert layer.input_quantizer.quantizer.scale.requires_grad
+        inputs = layer.input_quantizer.quantizer
+        assert (inputs.steps if layer.layer_spec.quantizer == "nulsq" else inputs.scale).requires_grad

@@ -61,9 +61,9 @@ def case(request):
     return request.param, make(), torch.randn(shape)
 
 
-def quantized(layer, granularity="channel"):
+def quantized(layer, granularity="channel", **fields):
     model = nn.Sequential(layer)
-    lq.quantize_model(model, lq.QuantSpec(first_last_bits=None, granularity=granularity))
+    lq.quantize_model(model, lq.QuantSpec(first_last_bits=None, granularity=granularity, **fields))
     lq.set_slope(model, 5.0)
     return model
 
@@ -104,6 +104,26 @@ def test_a_weight_that_is_transformed_is_quantized_after_the_transform(case):
     quantized(layer)
     assert layer.transforms_weight == (name in TRANSFORMS)
     torch.testing.assert_close(layer.float_weight(), operator_weight(float_layer))
+
+
+def test_a_normalized_weight_is_quantized_after_everything_else(case):
+    _, layer, x = case
+    with torch.no_grad():
+        float_weight = operator_weight(layer)
+        spread = float_weight.std(correction=0)
+    quantized(layer, normalize=True)
+    centred = float_weight - float_weight.mean()
+    torch.testing.assert_close(layer.float_weight(), centred / centred.std(correction=0) * spread)
+    assert torch.equal(layer.quantized_weight(), layer.weight_quantizer.hard(layer.float_weight()))
+    float_layer = copy.deepcopy(layer)
+    lq.dequantize_model(float_layer, keep_latent=True)
+    y = layer.eval()(x)
+    assert torch.equal(y, expected(layer, float_layer, x))
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    layer.train()(x).square().sum().backward()
+    assert all(bool(p.grad.any()) for p in layer.parameters() if p.grad is not None)
+    layer.normalize_(False)
+    torch.testing.assert_close(layer.float_weight(), float_weight)
 
 
 def test_dequantized_layer_gives_the_same_output_exactly(case):

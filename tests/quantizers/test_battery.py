@@ -12,9 +12,12 @@ from lq.functional import hard_quantize, point_staircase, soft_staircase
 from lq.functional.clipping import sawb_scale
 from lq.functional.dsq import dsq_quantize
 from lq.functional.layout import ScaleLayout
+from lq.functional.learned_steps import learned_step_quantize
 from lq.functional.log_levels import log_round, power_of_two_scale
 from lq.quantizers import (
     REGISTRY,
+    APoTQuantizer,
+    LearnedStepsQuantizer,
     LogQuantizer,
     Method,
     PointQuantizer,
@@ -56,6 +59,10 @@ SPECS = {
     "log2": LayerSpec(quantizer="log2"),
     "log2-channel": LayerSpec(quantizer="log2", bits=2, granularity="channel"),
     "dlq": LayerSpec(quantizer="dlq", bits=3),
+    "apot-2": LayerSpec(quantizer="apot", bits=2),
+    "apot-channel": LayerSpec(quantizer="apot", granularity="channel"),
+    "nulsq-2": LayerSpec(quantizer="nulsq", bits=2),
+    "nulsq-channel": LayerSpec(quantizer="nulsq", granularity="channel"),
 }
 
 
@@ -118,6 +125,13 @@ def test_module_equals_function(made):
         inside = torch.minimum(torch.maximum(rows, -column), column)
         y = inside + (log_round(rows / column, quantizer.points) * column - inside)
         expected = quantizer.layout.unrows(y, weight.shape)
+    elif isinstance(quantizer, LearnedStepsQuantizer):
+        column = quantizer.scale[:, None]
+        y = learned_step_quantize(quantizer.layout.rows(weight) / column, quantizer.steps, quantizer.below) * column
+        expected = quantizer.layout.unrows(y, weight.shape)
+    elif isinstance(quantizer, APoTQuantizer):
+        rows, scale = quantizer.layout.rows(weight), quantizer.scale.detach()
+        expected = quantizer.layout.unrows(quantizer.point_set.hard(rows, scale), weight.shape)
     elif spec.quantizer in POINT_QUANTIZERS:
         rows = quantizer.layout.rows(weight)
         soft = {"hard": spec.forward == "hard", "slope_backward_max": spec.slope_backward_max}
