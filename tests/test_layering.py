@@ -15,7 +15,7 @@ LAYERS = [
     {"search_spec"},
     {"quantizers"},
     {"nn", "models", "testing"},
-    {"surgery", "calibration", "network", "scale_rules"},
+    {"surgery", "calibration", "network", "group_rules"},
     {"point_search"},
     {"metrics", "tracking", "exporting", "checkpoints"},
     {"data", "classifier"},

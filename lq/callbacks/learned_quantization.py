@@ -23,9 +23,9 @@ from lq.callbacks.patches import Patches
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
 from lq.callbacks.tracker import QuantizationTracker
 from lq.checkpoints import checkpoint_entry, restore_plan
+from lq.group_rules import GroupRules, Rule, decay_rules
 from lq.network import layer_statistics, scale_parameters, scale_regularizer, set_slope
 from lq.nn import QuantLayer, named_quantized_layers
-from lq.scale_rules import ScaleRules
 from lq.spec import QuantSpec
 from lq.surgery import SwapReport, apply_plan, execution_order, make_plan, run_example, swap_report
 from lq.tracking import log_rows, log_text, metric
@@ -90,7 +90,7 @@ class LearnedQuantization(Callback):
         self.annealing = Annealing(self.anneal)
         self.report: SwapReport | None = None
         self._patches = Patches()
-        self._rules: list[ScaleRules] = []
+        self._rules: list[GroupRules] = []
         self._collapsed_at_start: frozenset[str] = frozenset()
         self._stepped = self._started = self._fresh = False
         self._order: list[str] | None = None
@@ -154,8 +154,9 @@ class LearnedQuantization(Callback):
             self.report = swap_report(make_plan(pl_module, self.spec, order))
             self._fresh = False
         check_optimizers(trainer.optimizers, pl_module)
-        scales = scale_parameters(pl_module)
-        self._rules = [ScaleRules(o, scales, self.anneal.scale_lr_factor) for o in trainer.optimizers]
+        rules = [Rule(tuple(scale_parameters(pl_module)), lr=self.anneal.scale_lr_factor, weight_decay=0.0)]
+        rules += decay_rules(named_quantized_layers(pl_module).values()) if self.anneal.weight_decay_by_bits else []
+        self._rules = [GroupRules(o, rules) for o in trainer.optimizers]
         self._collapsed_at_start = check_collapse(pl_module, layer_statistics(pl_module))
         set_slope(pl_module, self.annealing.slope)
         if self.report is not None and self.annealing.step == 0:

@@ -86,6 +86,7 @@ class AnnealSpec:
         strength: factor on the regularizer at the end of its ramp.
         strength_schedule: ramp over ``anneal_steps``, "linear" or "cosine" from 0, or "constant".
         scale_lr_factor: learning rate of scales relative to that of their parameter group.
+        weight_decay_by_bits: whether weights of 3 bits get half, of 2 bits a quarter of their group's weight decay.
         calibration_batches: training batches that set the activation scales before the first step.
         reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, 0 for none.
 
@@ -103,6 +104,7 @@ class AnnealSpec:
     strength: float = 1.0
     strength_schedule: str = "linear"
     scale_lr_factor: float = 1.0
+    weight_decay_by_bits: bool = False
     calibration_batches: int = 8
     reestimate_bn: int = 0
 

@@ -142,6 +142,32 @@ def test_scales_get_no_decay_and_their_own_rate(optimizer, schedule):
     assert distance(weights_of(module), weights_of(hand)) < 1e-4
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_weights_of_few_bits_decay_less(optimizer):
+    """3 bits: half of the decay for weights, all of it for biases, none for scales."""
+    net, decay = mlp(), 0.4
+    batches = list(islice(loader(), SETTINGS["calibration_batches"]))
+
+    def grouped(params):
+        del params
+        kinds = {"weight": [], "scale": [], "bias": []}
+        for name, parameter in twin.named_parameters():
+            kinds["scale" if "scale" in name else name.rpartition(".")[2]].append(parameter)
+        factors = {"weight": 0.5, "scale": 0.0, "bias": 1.0}
+        return optimizer([{"params": p, "weight_decay": decay * factors[k]} for k, p in kinds.items()], lr=0.02)
+
+    module = Plain(copy.deepcopy(net), optimizer=partial(optimizer, lr=0.02, weight_decay=decay))
+    trainer = fit(module, [lq.LearnedQuantization(**SETTINGS, weight_decay_by_bits=True)])
+    assert len(trainer.optimizers[0].param_groups) == 1
+    twin = by_hand_net(net, batches)
+    hand = ByHand(twin, optimizer=grouped)
+    fit(hand)
+    assert distance(weights_of(module), weights_of(hand)) < 1e-4
+    module = Plain(copy.deepcopy(net), optimizer=partial(optimizer, lr=0.02, weight_decay=decay))
+    fit(module, [lq.LearnedQuantization(**SETTINGS)])
+    assert distance(weights_of(module), weights_of(hand)) > 1e-3
+
+
 def test_weight_averaging_equals_averaging_by_hand():
     net = mlp()
     batches = list(islice(loader(), SETTINGS["calibration_batches"]))
