@@ -1,6 +1,7 @@
 """Lightning callbacks: short hooks that delegate to plain functions."""
 
 from lq.callbacks.distillation import SelfDistillation
+from lq.callbacks.freezing import IterativeFreezing
 from lq.callbacks.learned_quantization import LearnedQuantization
 from lq.callbacks.schedule import AnnealSpec, HoldAtAlignment, HoldAtStep, HoldOnPlateau
 from lq.callbacks.tracker import QuantizationTracker
@@ -10,6 +11,7 @@ __all__ = [
     "HoldAtAlignment",
     "HoldAtStep",
     "HoldOnPlateau",
+    "IterativeFreezing",
     "LearnedQuantization",
     "QuantizationTracker",
     "SelfDistillation",

@@ -15,6 +15,7 @@ _NAMES = frozenset(
         "distillation_loss",
         "clipped_fraction",
         "zero_fraction",
+        "frozen_fraction",
         "size_bytes",
         "bits_per_weight",
     )

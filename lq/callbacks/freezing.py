@@ -1,0 +1,133 @@
+"""Freezing of weights that oscillate between two levels."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lq.functional.layout import positive
+from lq.functional.oscillation import Oscillation, start_oscillation, track_oscillation
+from lq.functional.schedule import ramp
+from lq.network import distinct_weights
+from lq.nn import QuantLayer
+from lq.tracking import metric
+
+__all__ = ["IterativeFreezing"]
+
+
+class IterativeFreezing(Callback):
+    """Freezes a weight to its average level once it turns back more often than a threshold allows.
+
+    The threshold falls along a cosine over the fit. Place it behind `LearnedQuantization`. Frozen weights follow their
+    scale, which goes on learning. Layers that compute their weight from others (standardization, normalization) are
+    left alone and named.
+
+    Args:
+        threshold_start: share of steps on which a weight may turn back at the start.
+        threshold_end: the same at the end.
+        momentum: of the moving averages: 0.01 looks back some 100 steps.
+
+    Raises:
+        ValueError: for a threshold or momentum out of range.
+
+    Source: Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022, algorithm 1.
+
+    >>> IterativeFreezing(threshold_end=0.02).thresholds
+    (0.1, 0.02)
+    """
+
+    def __init__(self, threshold_start: float = 0.1, threshold_end: float = 0.01, momentum: float = 0.01) -> None:
+        """Validate; nothing is tracked before the first step."""
+        super().__init__()
+        if not 0 < threshold_end <= threshold_start:
+            raise ValueError(
+                f"threshold_end must lie above 0 and not above threshold_start, got {threshold_end} and "
+                f"{threshold_start}: it falls, 0.1 to 0.01 is usual"
+            )
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must lie above 0 and not above 1, got {momentum}: 0.01 is usual")
+        self.thresholds, self.momentum = (threshold_start, threshold_end), momentum
+        self.states: dict[str, Oscillation] = {}
+        self.step = 0
+        self._stepped, self._total = False, 1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which layers cannot be frozen."""
+        total = trainer.estimated_stepping_batches
+        if not total < float("inf"):
+            raise ValueError("IterativeFreezing needs a fit with an end, got none: set Trainer(max_epochs=...)")
+        self._total = max(1, int(total))
+        left = [path for path, layer in distinct_weights(pl_module) if _computes(layer)]
+        if left:
+            rank_zero_warn(f"layers that compute their weight cannot be frozen and are left alone: {left}")
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Weights are about to move."""
+        self._stepped = True
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Track, freeze, hold what is frozen."""
+        if not self._stepped:
+            return
+        self._stepped = False
+        self.step += 1
+        threshold = ramp(*self.thresholds, self._total, "cosine")(self.step)
+        frozen = total = 0
+        for path, layer in distinct_weights(pl_module):
+            if not _computes(layer):
+                self.states[path] = self._follow(layer, self.states.get(path), threshold)
+                frozen += int(self.states[path].frozen.sum())
+                total += layer.weight_quantizer.layout.rows(_weight(layer)).numel()
+        pl_module.log(metric("frozen_fraction"), frozen / max(1, total))
+
+    def _follow(self, layer: QuantLayer, state: Oscillation | None, threshold: float) -> Oscillation:
+        quantizer, weight = layer.weight_quantizer, _weight(layer)
+        rows = quantizer.layout.rows
+        scale = positive(quantizer.scale).reshape(-1, 1)
+        position = rows(quantizer.hard(weight)).to(scale.dtype) / scale
+        if state is None:
+            return start_oscillation(position)
+        state = Oscillation(*(part.to(position.device) for part in state))
+        # what is frozen has moved with the optimizer only until here
+        state = track_oscillation(state, torch.where(state.frozen, state.position, position), self.momentum)
+        new = (state.frequency > threshold) & ~state.frozen
+        near = quantizer.layout.unrows((state.average * scale).to(weight.dtype), weight.shape)
+        average = rows(quantizer.hard(near)).to(scale.dtype) / scale
+        state = state._replace(position=torch.where(new, average, state.position), frozen=state.frozen | new)
+        held = torch.where(state.frozen, state.position * scale, rows(weight).to(scale.dtype))
+        weight.copy_(quantizer.layout.unrows(held, weight.shape))
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known about every weight.
+
+        Returns:
+            Steps and tensors.
+        """
+        return {"step": self.step, "layers": {path: state._asdict() for path, state in self.states.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written.
+
+        Args:
+            state_dict: from `state_dict`.
+        """
+        self.step = state_dict["step"]
+        self.states = {path: Oscillation(**parts) for path, parts in state_dict["layers"].items()}
+
+
+def _computes(layer: QuantLayer) -> bool:
+    own = layer.parameters(recurse=False)
+    return layer.weight_normalizer is not None or layer.transforms_weight or not any(p is layer.weight for p in own)
+
+
+def _weight(layer: QuantLayer) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight

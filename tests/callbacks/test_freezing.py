@@ -1,0 +1,136 @@
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+import lq
+from lq.functional.oscillation import start_oscillation, track_oscillation
+from lq.nn import named_quantized_layers
+from tests.helpers.modules import Plain, fit, loader, mlp
+from tests.integration.test_resume import run, same_runs
+
+QUANTIZATION = {"bits": 3, "quantizer": "lsq", "regularizer": None, "calibration_batches": 2}
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.3, momentum=0.9)  # large steps: weights jump
+
+
+def module():
+    torch.manual_seed(0)
+    return Plain(mlp(), optimizer=sgd)
+
+
+def test_frequency_and_average_equal_a_loop_over_weights():
+    torch.manual_seed(0)
+    walk = torch.randint(-3, 4, (60, 5)).float()
+    state = start_oscillation(walk[0])
+    for positions in walk[1:]:
+        state = track_oscillation(state, positions * (1 + 1e-7), 0.1)
+    for j in range(5):
+        last, frequency, average = 0, 0.0, float(walk[0, j])
+        for before, now in zip(walk[:-1, j].tolist(), walk[1:, j].tolist(), strict=True):
+            sign = (now > before) - (now < before)
+            frequency = 0.9 * frequency + 0.1 * (sign != 0 and sign == -last)
+            average = 0.9 * average + 0.1 * now
+            last = sign or last
+        assert state.frequency[j].item() == pytest.approx(frequency, abs=1e-5)
+        assert state.average[j].item() == pytest.approx(average, abs=1e-5)
+    assert not state.frozen.any()
+
+
+class Levels(lq.callbacks.QuantizationTracker):
+    """Keeps the levels, in steps, of the first layer after every step; stands behind the freezing."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        layer = pl_module.net[0]
+        rows = layer.weight_quantizer.layout.rows(layer.quantized_weight())
+        self.seen.append((2 * rows / layer.weight_quantizer.scale.detach().abs().reshape(-1, 1)).round())
+
+
+class Remembering(lq.IterativeFreezing):
+    """Keeps which weights of the first layer were frozen after every step."""
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.history = [*getattr(self, "history", []), self.states["net.0"].frozen]
+
+
+@pytest.mark.parametrize("spec", [{}, {"granularity": "channel"}, {"quantizer": "subset"}, {"grid": "mid_rise"}])
+def test_what_is_frozen_stays_on_its_level_while_the_scale_learns(tmp_path, spec):
+    freezing, levels = Remembering(0.05, 0.02, momentum=0.2), Levels()
+    given = {**QUANTIZATION, "first_last_bits": None, **spec}
+    logger = CSVLogger(tmp_path)
+    trainer = fit(module(), [lq.LearnedQuantization(**given), freezing, levels], loader(40), logger=logger)
+    layer = trainer.lightning_module.net[0]
+    state = freezing.states["net.0"]
+    assert 0 < state.frozen.float().mean() < 1
+    rows = layer.weight_quantizer.layout.rows
+    scale = layer.weight_quantizer.scale.detach().abs().reshape(-1, 1)
+    held = (state.position * scale)[state.frozen]
+    torch.testing.assert_close(rows(layer.weight.detach())[state.frozen], held, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(rows(layer.quantized_weight())[state.frozen], held, rtol=1e-5, atol=1e-6)
+    every = torch.cat([s.frozen.flatten() for s in freezing.states.values()]).float()
+    assert float(trainer.callback_metrics["lq/frozen_fraction"]) == pytest.approx(float(every.mean()))
+    if "quantizer" not in spec:  # points are no whole steps
+        before = freezing.history[-5]
+        assert bool(before.any())
+        recent = torch.stack(levels.seen[-5:])
+        assert bool((recent == recent[-1]).all(0)[before].all())
+
+
+def test_without_freezing_more_weights_oscillate():
+    def turns(callbacks):
+        levels = Levels()
+        fit(module(), [lq.LearnedQuantization(**QUANTIZATION, first_last_bits=None), *callbacks, levels], loader(60))
+        state = start_oscillation(levels.seen[20])
+        for positions in levels.seen[21:]:
+            state = track_oscillation(state, positions, 0.1)
+        return float(state.frequency.mean())
+
+    assert turns([lq.IterativeFreezing(0.05, 0.01, momentum=0.2)]) < 0.7 * turns([])
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
+    def trained(folder, saver, ckpt_path=None):
+        freezing = lq.IterativeFreezing(0.05, 0.02, momentum=0.2)
+        callbacks = [lq.LearnedQuantization(**QUANTIZATION), freezing, saver]
+        return run(folder, module(), callbacks, ckpt_path, data=loader(), epochs=3), freezing
+
+    saver = ModelCheckpoint(tmp_path / "kept", every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    whole, one = trained(tmp_path / "whole", saver)
+    assert any(bool(state.frozen.any()) for state in one.states.values())
+    again, two = trained(tmp_path / "again", ModelCheckpoint(tmp_path / "b"), tmp_path / "kept" / "epoch=0.ckpt")
+    same_runs(whole, again)
+    for path, state in one.states.items():
+        assert all(torch.equal(a, b) for a, b in zip(state, two.states[path], strict=True))
+    assert one.step == two.step == 36
+
+
+def test_steps_are_counted_once_per_update():
+    freezing = lq.IterativeFreezing()
+    fit(module(), [lq.LearnedQuantization(**QUANTIZATION), freezing], accumulate_grad_batches=3)
+    assert freezing.step == 4
+
+
+def test_layers_that_compute_their_weight_are_left_alone_and_named():
+    freezing = lq.IterativeFreezing()
+    with pytest.warns(UserWarning, match=r"cannot be frozen and are left alone: \['net.2'"):
+        fit(module(), [lq.LearnedQuantization(**QUANTIZATION, normalize=True), freezing])
+    assert set(freezing.states) == {path for path in named_quantized_layers(copy.deepcopy(module())) or freezing.states}
+
+
+def test_bad_values_are_named():
+    with pytest.raises(ValueError, match=r"threshold_end must lie above 0 and not above .*, got 0.2 and 0.1"):
+        lq.IterativeFreezing(threshold_start=0.1, threshold_end=0.2)
+    with pytest.raises(ValueError, match="momentum must lie above 0"):
+        lq.IterativeFreezing(momentum=0)
+    callbacks = [lq.LearnedQuantization(**QUANTIZATION, anneal_steps=5), lq.IterativeFreezing()]
+    with pytest.raises(ValueError, match="needs a fit with an end"):
+        fit(module(), callbacks, max_epochs=-1, max_steps=-1)
