@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lq import callbacks, functional, metrics, models, nn, quantizers, spec, testing
+    from lq.bit_allocation import BitAllocation, allocate_bits
     from lq.calibration import calibrate, reestimate_batch_norm
     from lq.callbacks import (
         HoldAtAlignment,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _MODULES = ("callbacks", "functional", "metrics", "models", "nn", "quantizers", "spec", "testing")
 _NAMES = {
+    "BitAllocation": "lq.bit_allocation",
+    "allocate_bits": "lq.bit_allocation",
     "calibrate": "lq.calibration",
     "reestimate_batch_norm": "lq.calibration",
     "HoldAtAlignment": "lq.callbacks",
@@ -61,6 +64,7 @@ _NAMES = {
 __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
+    "BitAllocation",
     "HoldAtAlignment",
     "HoldAtStep",
     "HoldOnPlateau",
@@ -76,6 +80,7 @@ __all__ = [
     "SubsetResult",
     "SwapReport",
     "UnsupportedError",
+    "allocate_bits",
     "calibrate",
     "callbacks",
     "dequantize_model",

@@ -11,7 +11,7 @@ from torch import nn
 from lq.spec import LayerSpec, QuantSpec
 from lq.surgery import caps_and_biases, layer_specs, rebuild, restore_parts, set_widths
 
-__all__ = ["checkpoint_entry", "load_from_checkpoint", "restore_plan"]
+__all__ = ["checkpoint_entry", "checkpoint_spec", "load_from_checkpoint", "restore_plan"]
 
 KEY = "lq"
 VERSION = 1
@@ -47,7 +47,7 @@ def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpe
         ValueError: for a checkpoint of a float model, of another spec, or with other layers, saying what differs.
     """
     entry = _entry(checkpoint)
-    saved, present = QuantSpec.from_dict(entry["spec"]).to_dict(), spec.to_dict()
+    saved, present = checkpoint_spec(checkpoint).to_dict(), spec.to_dict()
     changes = [f"{k}: checkpoint {saved[k]!r}, callback {present[k]!r}" for k in saved if saved[k] != present[k]]
     if changes:
         raise ValueError(
@@ -56,6 +56,21 @@ def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpe
         )
     _restore_layers(model, entry)
     restore_parts(model, entry.get("caps", {}), entry.get("biases", ()))
+
+
+def checkpoint_spec(checkpoint: Mapping[str, Any]) -> QuantSpec:
+    """The spec that a checkpoint's network was quantized with.
+
+    Args:
+        checkpoint: as read from the file.
+
+    Returns:
+        The spec.
+
+    Raises:
+        ValueError: for a checkpoint of a float model.
+    """
+    return QuantSpec.from_dict(_entry(checkpoint)["spec"])
 
 
 def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,17 +2,19 @@
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
+from lq.bit_allocation import allocate_bits
 from lq.callbacks import LearnedQuantization
-from lq.checkpoints import load_from_checkpoint
+from lq.checkpoints import checkpoint_spec, load_from_checkpoint
 from lq.classifier import Classifier
 from lq.exporting import load, save
 from lq.flavour import log_packed_model
@@ -27,6 +29,7 @@ __all__ = ["Outcome", "Settings", "run"]
 
 NETWORK = "network.lq.safetensors"
 FLOAT_NETWORK = "network.safetensors"
+_CALIBRATION_IMAGES = 256
 _Stored = tuple[dict[str, Any], dict[str, Any]]
 _say = rank_zero_only(print)
 
@@ -45,6 +48,8 @@ class Settings:
         callbacks: further callbacks of the quantized stage, a ModelCheckpoint among them.
         output_dir: folder for checkpoints and codes.
         seed: of everything that is random.
+        average_bits: mean width of a weight, for which `lq.allocate_bits` finds the width of every layer; None gives
+            all the spec's. A resumed run takes the widths of its checkpoint.
         pretrain_epochs: float epochs before quantization; 0 where model.checkpoint holds a float network.
         pretrain_lr: learning rate of those.
         select: which network is stored: "best" by the monitored metric, or "last".
@@ -63,6 +68,7 @@ class Settings:
     callbacks: list[Callback]
     output_dir: Path
     seed: int = 0
+    average_bits: float | None = None
     pretrain_epochs: int = 0
     pretrain_lr: float = 0.1
     select: str = "best"
@@ -150,6 +156,8 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
     float_accuracy, quantization = None, settings.quantization
     if settings.ckpt_path is None:
         float_accuracy = _float_stage(settings, classifier)
+    if quantization is not None and settings.average_bits is not None:
+        quantization = _mixed(settings, quantization, classifier)
     seed_everything(settings.seed, workers=True, verbose=False)
     trainer = make_trainer(settings, [*([quantization] if quantization else []), *settings.callbacks])
     _say("Quantization-aware training" if quantization else "Float fine-tuning")
@@ -166,6 +174,21 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
         if settings.registered_model and quantization and outcome.network:
             log_packed_model(settings.loggers, outcome.network, registered_name=settings.registered_model)
     return outcome
+
+
+def _mixed(settings: Settings, quantization: LearnedQuantization, classifier: Classifier) -> LearnedQuantization:
+    """The callback with a width for every layer."""
+    if settings.ckpt_path is not None:
+        checkpoint = torch.load(settings.ckpt_path, map_location="cpu", weights_only=True)
+        return LearnedQuantization(checkpoint_spec(checkpoint), quantization.anneal)
+    settings.data.setup("fit")
+    batches = settings.data.calibration_batches(_CALIBRATION_IMAGES)  # type: ignore[attr-defined]
+    _say("Widths by what each layer loses")
+    found = allocate_bits(classifier.model, batches, quantization.spec, average_bits=settings.average_bits or 0.0)
+    spec = replace(found.spec, overrides={f"model.{path}": changes for path, changes in found.spec.overrides.items()})
+    _say(found)
+    log_text(settings.loggers, "lq/allocation.txt", str(found))
+    return LearnedQuantization(spec, quantization.anneal)
 
 
 def _store_packed(settings: Settings, trainer: Trainer, stored: Classifier) -> _Stored:

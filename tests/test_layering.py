@@ -16,7 +16,7 @@ LAYERS = [
     {"quantizers"},
     {"nn", "models", "testing"},
     {"surgery", "calibration", "network", "group_rules"},
-    {"point_search"},
+    {"point_search", "bit_allocation"},
     {"metrics", "tracking", "exporting", "checkpoints"},
     {"data", "classifier"},
     {"callbacks", "flavour", "runs", "deployed"},

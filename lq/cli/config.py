@@ -38,6 +38,10 @@ class TrainConfig:
     callbacks: dict[str, Any] = field(default_factory=dict)
     experiment: str = doc("name under which the tracking store groups runs.", "lq")
     seed: int = doc("of everything that is random.", 0)
+    average_bits: float | None = doc(
+        "mean bits per weight under which every layer gets a width by what it loses; null gives all quantizer.bits.",
+        None,
+    )
     pretrain_epochs: int = doc("float epochs before quantization; 0 where model.checkpoint is a float network.", 0)
     pretrain_lr: float = doc("peak learning rate of those.", 0.1)
     select: str = doc('which network is stored: "best" on the held-out images, or "last".', "best")
@@ -103,7 +107,16 @@ def build(config: DictConfig) -> Settings:
         description={**plain, "overrides": given_overrides()},
         **{
             name: plain[name]
-            for name in ("seed", "pretrain_epochs", "pretrain_lr", "select", "test", "ckpt_path", "registered_model")
+            for name in (
+                "seed",
+                "average_bits",
+                "pretrain_epochs",
+                "pretrain_lr",
+                "select",
+                "test",
+                "ckpt_path",
+                "registered_model",
+            )
         },
     )
 

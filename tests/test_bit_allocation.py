@@ -1,0 +1,133 @@
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lq
+from lq.functional import allocation
+from lq.functional.allocation import choose_within_budget
+from lq.functional.distillation import distillation_loss
+from lq.network import network_size
+from tests.helpers.commands import QUICK
+from tests.helpers.commands import lq as command
+from tests.helpers.modules import small_cnn
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 10_000))
+def test_the_choice_is_the_best_of_all(items, options, seed):
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.randint(0, 6, (items, options), generator=generator).double()
+    sizes = torch.randint(1, 9, (items, options), generator=generator)
+    least, most = int(sizes.amin(1).sum()), int(sizes.amax(1).sum())
+    for budget in {least, (least + most) // 2, most}:
+        chosen = choose_within_budget(losses, sizes, budget)
+        rows = torch.arange(items)
+        assert int(sizes[rows, chosen].sum()) <= budget
+        every = itertools.product(range(options), repeat=items)
+        best = min(float(losses[rows, list(c)].sum()) for c in every if int(sizes[rows, list(c)].sum()) <= budget)
+        assert float(losses[rows, chosen].sum()) == pytest.approx(best)
+    with pytest.raises(ValueError, match=f"budget must be at least {least}, .* got {least - 1}"):
+        choose_within_budget(losses, sizes, least - 1)
+
+
+def test_many_totals_are_thinned_and_stay_within_the_budget(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(30, 4, generator=generator).sort(dim=1, descending=True).values
+    sizes = torch.randint(1000, 9000, (30, 4), generator=generator).sort(dim=1).values
+    rows, budget = torch.arange(30), 130_000
+    exact = float(losses[rows, choose_within_budget(losses, sizes, budget)].sum())
+    monkeypatch.setattr(allocation, "_MOST", 500)
+    chosen = choose_within_budget(losses, sizes, budget)
+    assert int(sizes[rows, chosen].sum()) <= budget
+    assert float(losses[rows, chosen].sum()) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 10),
+    )  # fmt: skip
+    return model.eval(), [torch.randn(16, 3, 8, 8) for _ in range(2)]
+
+
+@pytest.mark.parametrize("average", [3.2, 3.7, 5.0])
+def test_widths_keep_the_budget_and_the_ends(network, average):
+    model, batches = network
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = lq.allocate_bits(model, batches, lq.QuantSpec(quantizer="lsq"), average_bits=average, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found.bits["0"] == found.bits["9"] == 8
+    assert set(found.losses) == {"2", "4", "6"}
+    assert average - 1.5 < found.average_bits <= average
+    assert f"{found.average_bits:.3f} bits per weight" in str(found)
+    lq.quantize_model(model_copy := copy.deepcopy(model), found.spec, example_input=batches[0])
+    layers = dict(model_copy.named_modules())
+    assert {path: layers[path].weight_quantizer.codes.bits for path in found.bits} == found.bits
+    size = network_size(model_copy)
+    assert 8 * (size.packed_bytes - 4 * 5) / size.weights == pytest.approx(found.average_bits, abs=0.05)
+
+
+def test_losses_are_those_of_one_layer_alone(network):
+    model, batches = network
+    found = lq.allocate_bits(model, batches, average_bits=4, widths=[3, 8], progress=False)
+    alone = copy.deepcopy(model)
+    lq.quantize_model(alone, lq.QuantSpec(bits=3, first_last_bits=None, include=["4"]))
+    lq.calibrate(alone, batches)
+    alone.eval()
+    with torch.no_grad():
+        expected = torch.stack([distillation_loss(alone(x), model(x)) for x in batches]).mean()
+    assert found.losses["4"][3] == pytest.approx(float(expected), rel=1e-5)
+    assert found.losses["4"][8] < found.losses["4"][3]
+
+
+def test_given_widths_stay_and_tied_layers_share_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    model[3].weight = model[2].weight
+    spec = lq.QuantSpec(overrides={"1": {"bits": 5}, "4": {"granularity": "channel"}})
+    found = lq.allocate_bits(model, [torch.randn(32, 8)], spec, average_bits=5.5, progress=False)
+    assert set(found.losses) == {"2", "4"}
+    assert found.bits["1"] == 5
+    assert found.spec.layer("2").bits == found.spec.layer("3").bits == found.bits["2"]
+    assert found.spec.layer("4").granularity == "channel"
+    assert found.spec.layer("4").bits == found.bits["4"]
+
+
+def test_bad_input_names_what_is_possible(network):
+    model, batches = network
+    with pytest.raises(ValueError, match=r"average_bits must be at least 3\.\d+ here, got 1.5: .* 2 bits. Raise it"):
+        lq.allocate_bits(model, batches, average_bits=1.5, progress=False)
+    with pytest.raises(ValueError, match="batches must hold at least one batch"):
+        lq.allocate_bits(model, [], average_bits=4)
+    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 9"):
+        lq.allocate_bits(model, batches, average_bits=4, widths=[2, 9])
+    with pytest.raises(ValueError, match="no layer is free to choose"):
+        lq.allocate_bits(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)], average_bits=8, progress=False)
+
+
+def test_a_recipe_trains_and_resumes_mixed_widths(tmp_path):
+    settings_ = ["average_bits=3.5", *QUICK, "trainer.max_epochs=2"]
+    done = command("train", *settings_, "output_dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bits per weight" in done.stdout
+    size = json.loads((tmp_path / "out" / "outcome.json").read_text())["size"]
+    assert 3.2 < 8 * size["packed_bytes"] / size["weights"] < 3.6
+    again = command("train", *settings_, "output_dir=two", "ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads((tmp_path / "two" / "outcome.json").read_text())["size"] == size
+
+
+def test_the_spec_of_a_cnn_survives_training(tmp_path):
+    torch.manual_seed(0)
+    model = small_cnn().eval()
+    found = lq.allocate_bits(model, [torch.randn(8, 3, 8, 8)], average_bits=4.5, progress=False)
+    assert lq.QuantSpec.from_dict(found.spec.to_dict()) == found.spec
