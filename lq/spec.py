@@ -39,8 +39,9 @@ class LayerSpec:
         activation_bits: width of an activation code, 2 to 8, or "same" as the weights.
         activation: levels of the layer's input: "signed", "unsigned" (after a non-negative activation), "auto"
             (decided from calibration data), or null for weight-only quantization.
-        levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, even for mid_rise.
-        grid: "mid_tread" (zero is a level) or "mid_rise" (levels at +-s/2, +-3s/2, ...), for weights.
+        levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, else even.
+        grid: of weights: "mid_tread" (zero is a level), "mid_rise" (levels at +-s/2, +-3s/2, ...), or "full_range"
+            (zero, and one level more below it than above: the {-2, -1, 0, 1} of LSQ's authors at 2 bits).
         granularity: one weight scale per "tensor" or per output "channel".
         quantizer: name of the method: "soft" (annealed soft staircase), "lsq" (hard, straight-through), "subset" (the
             staircase onto the best subset of candidates), "codebook" (onto free levels), or another one of those that

@@ -79,6 +79,8 @@ def sawb_scale(rows: Tensor, codes: CodeRange) -> Tensor:
     >>> sawb_scale(torch.tensor([[-1.0, 1.0, -1.0, 1.0]]), CodeRange(-1, 1, 0.0))
     tensor([0.8900])
     """
+    if codes.lo + codes.offset != -codes.largest:
+        raise ValueError("grid must be 'mid_tread' or 'mid_rise' for quantizer='pact', got 'full_range': choose one")
     largest = rows.abs().amax(1)
     if codes.levels > max(SAWB_COEFFICIENTS):
         return positive(largest / codes.largest)

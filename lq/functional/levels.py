@@ -2,12 +2,13 @@
 
 Counting conventions are the classic silent bug of quantizers, so here is the whole table (``n`` is the largest code)::
 
-    grid      signed  bits  lo        hi         offset  number of levels  zero level
-    mid_tread yes     b     -n        n          0       2**b - 1          yes   (n = 2**(b-1) - 1)
-    mid_tread no      b     0         2**b - 1   0       2**b              yes
-    mid_rise  yes     b     -2**(b-1) 2**(b-1)-1 1/2     2**b              no
+    grid       signed  bits  lo        hi         offset  number of levels  zero level
+    mid_tread  yes     b     -n        n          0       2**b - 1          yes   (n = 2**(b-1) - 1)
+    mid_tread  no      b     0         2**b - 1   0       2**b              yes
+    mid_rise   yes     b     -2**(b-1) 2**(b-1)-1 1/2     2**b              no
+    full_range yes     b     -2**(b-1) 2**(b-1)-1 0       2**b              yes
 
-The value of code ``i`` is ``scale * (i + offset)``; the levels are symmetric about zero except for unsigned ones.
+The value of code ``i`` is ``scale * (i + offset)``; the levels of the first and third are symmetric about zero.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["GRIDS", "MAX_BITS", "MIN_BITS", "CodeRange", "bits_for_levels", "code_range", "level_values"]
 
-GRIDS = ("mid_tread", "mid_rise")
+GRIDS = ("mid_tread", "mid_rise", "full_range")
 MIN_BITS, MAX_BITS = 2, 8
 
 
@@ -66,8 +67,9 @@ def code_range(bits: int, *, levels: int | None = None, grid: str = "mid_tread",
     Args:
         bits: width of a code, 2 to 8. Ignored where ``levels`` is given.
         levels: explicit number of levels instead of the most that ``bits`` allows: odd for signed mid-tread (a zero
-            level and pairs around it), even for mid-rise, 3 to 256.
-        grid: ``"mid_tread"`` (with a zero level) or ``"mid_rise"`` (without).
+            level and pairs around it), even for the others, 3 to 256.
+        grid: ``"mid_tread"`` (with a zero level), ``"mid_rise"`` (without), or ``"full_range"`` (with a zero level and
+            one more below it than above).
         signed: whether negative values have levels; unsigned ranges are always mid-tread.
 
     Returns:
@@ -76,7 +78,8 @@ def code_range(bits: int, *, levels: int | None = None, grid: str = "mid_tread",
     Raises:
         ValueError: for a width, count or grid outside the values above.
 
-    Source: Jacob et al. 2018 (symmetric signed mid-tread); mid-rise after Widrow and Kollar 2008.
+    Source: Jacob et al. 2018 (symmetric signed mid-tread); mid-rise after Widrow and Kollar 2008; full range as the
+        weights of Esser et al. 2020.
 
     >>> code_range(4), code_range(2, grid="mid_rise"), code_range(4, signed=False)
     (CodeRange(lo=-7, hi=7, offset=0.0), CodeRange(lo=-2, hi=1, offset=0.5), CodeRange(lo=0, hi=15, offset=0.0))
@@ -87,18 +90,20 @@ def code_range(bits: int, *, levels: int | None = None, grid: str = "mid_tread",
         raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}: choose one of those")
     if not signed:
         return CodeRange(0, 2**bits - 1, 0.0)
-    count = (2**bits if grid == "mid_rise" else 2**bits - 1) if levels is None else levels
+    count = (2**bits - 1 if grid == "mid_tread" else 2**bits) if levels is None else levels
     _check_levels(count, grid)
     half = count // 2
-    return CodeRange(-half, half - 1, 0.5) if grid == "mid_rise" else CodeRange(-half, half, 0.0)
+    if grid == "mid_tread":
+        return CodeRange(-half, half, 0.0)
+    return CodeRange(-half, half - 1, 0.5 if grid == "mid_rise" else 0.0)
 
 
 def _check_levels(levels: int, grid: str) -> None:
     if isinstance(levels, bool) or not isinstance(levels, int) or not 3 <= levels <= 2**MAX_BITS:
         raise ValueError(f"levels must be an integer from 3 to {2**MAX_BITS}, got {levels!r}: choose one of those")
     odd = levels % 2 == 1
-    if odd == (grid == "mid_rise"):
-        parity = "even for grid='mid_rise' (no zero level)" if odd else "odd for grid='mid_tread' (a zero level)"
+    if odd != (grid == "mid_tread"):
+        parity = f"even for grid={grid!r}" if odd else "odd for grid='mid_tread' (zero and pairs around it)"
         raise ValueError(f"levels must be {parity}, got {levels}: use levels={levels - 1} or change grid")
 
 

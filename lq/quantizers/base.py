@@ -218,5 +218,6 @@ class Quantizer(nn.Module):
         Returns:
             One line for ``print(module)``.
         """
-        grid = "mid_rise" if self.codes.offset else "mid_tread"
+        symmetric = self.codes.lo == -self.codes.hi or self.codes.lo == 0
+        grid = "mid_rise" if self.codes.offset else "mid_tread" if symmetric else "full_range"
         return f"bits={self.codes.bits}, levels={self.codes.levels}, grid={grid}, scales={self.layout.scales}"

@@ -17,6 +17,7 @@ SHAPE = (3, 14, 14)
 SPECS = {
     "4 bits": {"bits": 4},
     "2 bits mid-rise per channel": {"bits": 2, "grid": "mid_rise", "granularity": "channel"},
+    "2 bits full range": {"bits": 2, "grid": "full_range"},
     "8 bits": {"bits": 8, "granularity": "channel"},
     "weights 3, inputs 5": {"bits": 3, "activation_bits": 5},
     "subset": {"bits": 4, "quantizer": "subset", "granularity": "channel"},

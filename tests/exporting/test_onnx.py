@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SPECS = {
     "8 bits per channel": ({"bits": 8, "granularity": "channel"}, {"INT8"}),
     "4 bits": ({"bits": 4, "granularity": "channel"}, {"INT4", "INT8"}),
+    "full range": ({"bits": 4, "grid": "full_range"}, {"INT4", "INT8"}),
+    "full range of 8 bits": ({"bits": 8, "grid": "full_range", "granularity": "channel"}, {"INT8"}),
     "mid-rise of 4 bits": ({"bits": 4, "grid": "mid_rise"}, {"UINT4"}),
     "weights of 3 bits alone": ({"bits": 3, "activation": None, "granularity": "channel"}, {"INT4", "INT8"}),
     "mid-rise": ({"bits": 2, "grid": "mid_rise", "activation": None}, {"INT4"}),

@@ -20,6 +20,13 @@ def test_levels_are_symmetric_and_equally_spaced(bits, grid, scale):
 
 
 @given(bits=st.integers(2, 8))
+def test_the_full_range_has_one_level_more_below_zero(bits):
+    codes = code_range(bits, grid="full_range")
+    assert codes == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.0)
+    assert (codes.bits, codes.largest) == (bits, codes.hi)
+
+
+@given(bits=st.integers(2, 8))
 def test_unsigned_levels_start_at_zero_and_use_every_code(bits):
     codes = code_range(bits, signed=False)
     assert (codes.lo, codes.hi, codes.offset, codes.bits) == (0, 2**bits - 1, 0.0, bits)
@@ -46,6 +53,7 @@ def test_bad_bits_name_value_and_range(bits):
     [
         (16, "mid_tread", "levels must be odd for grid='mid_tread'.*got 16: use levels=15"),
         (15, "mid_rise", "levels must be even for grid='mid_rise'.*got 15: use levels=14"),
+        (5, "full_range", "levels must be even for grid='full_range', got 5: use levels=4"),
         (2, "mid_rise", "levels must be an integer from 3 to 256, got 2"),
         (257, "mid_tread", "levels must be an integer from 3 to 256, got 257"),
     ],

@@ -78,6 +78,8 @@ def test_sawb_outlives_weights_it_was_not_made_for(levels):
 def test_sawb_names_the_numbers_of_levels_it_has():
     with pytest.raises(ValueError, match=r"levels must be one of \(3, 4, 7.*or more.*got 5: choose bits and grid"):
         sawb_scale(torch.ones(1, 4), code_range(2, levels=5))
+    with pytest.raises(ValueError, match=r"grid must be 'mid_tread' or 'mid_rise' .*'pact', got 'full_range'"):
+        sawb_scale(torch.ones(1, 4), code_range(2, grid="full_range"))
 
 
 def test_values_at_the_bounds_count_as_the_papers_say():

@@ -1,0 +1,170 @@
+"""Accuracy of every method at equal budget: same data order, augmentation, optimizer, epochs, extras and seeds.
+
+    LQ_DATA=/path python benchmarks/accuracy.py --bits 2 --methods lsq "soft, mid-rise" --seeds 0 1 2
+
+Fine-tunes a given float network with W = A = ``--bits``, first and last layer 8 bits, by ``lq train --multirun``, one
+sweep over seeds per method; every run is in MLflow (``./mlflow.db``, experiment "accuracy"). A row holds the accuracy
+after the last epoch on the test set, which is read once, and on 5000 held-out training images. Rows that are in the
+file already are kept, so that an interrupted table goes on. ``--trial`` never reads the test set and writes to a file
+of its own: settings are chosen there. ``--show`` prints the table, ``--picture`` draws it.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+MID_RISE = "quantizer.grid=mid_rise"
+METHODS = {
+    "float": ["quantizer=none"],
+    "lsq": ["quantizer=lsq"],
+    "lsq, full range": ["quantizer=lsq", "quantizer.grid=full_range"],
+    "lsq, mid-rise": ["quantizer=lsq", MID_RISE],
+    "pact": ["quantizer=pact"],
+    "dsq": ["quantizer=dsq"],
+    "apot": ["quantizer=apot"],
+    "nulsq": ["quantizer=nulsq"],
+    "log2": ["quantizer=log2"],
+    "dlq": ["quantizer=dlq"],
+    "codebook": ["quantizer=codebook"],
+    "subset": ["quantizer=subset"],
+    "soft": ["quantizer=soft"],
+    "soft, mid-rise": ["quantizer=soft", MID_RISE],
+}
+# weight decay falls with the width, as for LSQ (Esser et al. 2020, section 3)
+WEIGHT_DECAY = {2: 0.25e-4, 3: 0.5e-4}
+KEY = "network bits method extras epochs seed".split()
+FIELDS = [*KEY, "held_out", "test", "float", "seconds"]
+RECIPES = {
+    "resnet20": ["recipes=cifar10_resnet20"],
+    "resnet56": ["recipes=cifar10_resnet20", "model.name=cifar_resnet56"],
+}
+
+
+def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> list[str]:
+    """What ``lq train --multirun`` gets for one method."""
+    plain = method == "float"
+    given = [
+        *RECIPES[options.network],
+        *METHODS[method],
+        "model.channels_last=true",
+        f"model.checkpoint={os.environ['LQ_DATA']}/cifar10_{options.network}.safetensors",
+        f"optimizer.lr={options.lr}",
+        f"optimizer.weight_decay={WEIGHT_DECAY.get(options.bits, 1e-4)}",
+        f"trainer.max_epochs={options.epochs}",
+        f"test={'false' if options.trial else 'true'}",
+        "experiment=accuracy",
+        "seed=" + ",".join(map(str, seeds)),
+    ]
+    if options.extras:
+        given.append("callbacks=distill")
+    if not plain:
+        given += [f"quantizer.bits={options.bits}", "quantizer.granularity=tensor"]
+        given += ["schedule.reestimate_bn=20"] if options.extras else []
+    return given + options.set
+
+
+def run(options: argparse.Namespace, method: str, seeds: list[int], path: Path) -> None:
+    """One sweep over seeds; a row for each run that ends, even where a later one fails."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "lq", "train", "--multirun", f"hydra.sweep.dir={folder}"]
+        try:
+            subprocess.run([*command, "hydra.sweep.subdir=${seed}", *overrides(options, method, seeds)], check=True)
+        finally:
+            outcomes = {int(f.parent.name): json.loads(f.read_text()) for f in Path(folder).glob("*/outcome.json")}
+            seconds = (time.perf_counter() - start) / max(1, len(outcomes))
+            _append(path, [_row(_key(options, method, seed), found, seconds) for seed, found in outcomes.items()])
+
+
+def _row(key: dict[str, str], outcome: dict, seconds: float) -> dict[str, str]:
+    names = {"held_out": "held_out_accuracy", "test": "accuracy", "float": "float_accuracy"}
+    return {**key, **{column: _percent(outcome[name]) for column, name in names.items()}, "seconds": f"{seconds:.0f}"}
+
+
+def _append(path: Path, rows: list[dict[str, str]]) -> None:
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(*row.values(), flush=True)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def _key(options: argparse.Namespace, method: str, seed: int) -> dict[str, str]:
+    """What tells rows apart."""
+    name = " ".join([method, *options.set]) if options.set else method
+    extras = "distillation, batch norms" if options.extras else "none"
+    values = (options.network, options.bits, name, extras, options.epochs, seed)
+    return dict(zip(KEY, map(str, values), strict=True))
+
+
+def _rows(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.open())) if path.is_file() else []
+
+
+def fill(options: argparse.Namespace, path: Path) -> None:
+    """Run what the file lacks."""
+    for method in options.methods:
+        there = [{k: row[k] for k in KEY} for row in _rows(path)]
+        missing = [seed for seed in options.seeds if _key(options, method, seed) not in there]
+        if missing:
+            run(options, method, missing, path)
+
+
+def show(path: Path, network: str) -> str:
+    """Test accuracy as a table in Markdown: mean, and standard error where there are several seeds."""
+    cells: dict[str, dict[str, list[float]]] = {}
+    for row in _rows(path):
+        if row["network"] == network:
+            name = row["method"] + ("" if row["extras"] != "none" else ", no extras")
+            cells.setdefault(name, {}).setdefault(row["bits"], []).append(float(row["test"] or row["held_out"]))
+    widths = sorted({width for columns in cells.values() for width in columns})
+    lines = ["| | " + " | ".join(f"W{w}A{w}" for w in widths) + " |", "| --- |" + " --: |" * len(widths)]
+    for name, columns in cells.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(columns.get(w, [])) for w in widths) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.2f} ± {error:.2f} ({len(values)})"
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=RECIPES, default="resnet20")
+    parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=0.01, help="peak learning rate of all methods")
+    parser.add_argument("--no-extras", dest="extras", action="store_false", help="no distillation, no re-estimation")
+    parser.add_argument("--trial", action="store_true", help="held-out images only")
+    parser.add_argument("--set", nargs="*", default=[], help="further overrides, part of the method's name")
+    parser.add_argument("--show", action="store_true", help="print the table only")
+    options = parser.parse_args()
+    path = RESULTS / ("accuracy_trials.csv" if options.trial else "accuracy.csv")
+    if not options.show:
+        fill(options, path)
+    print(show(path, options.network))
+
+
+if __name__ == "__main__":
+    main()
