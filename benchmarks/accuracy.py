@@ -6,7 +6,7 @@ Fine-tunes a given float network with W = A = ``--bits``, first and last layer 8
 sweep over seeds per method; every run is in MLflow (``./mlflow.db``, experiment "accuracy"). A row holds the accuracy
 after the last epoch on the test set, which is read once, and on 5000 held-out training images. Rows that are in the
 file already are kept, so that an interrupted table goes on. ``--trial`` never reads the test set and writes to a file
-of its own: settings are chosen there. ``--show`` prints the table, ``--picture`` draws it.
+of its own: settings are chosen there. ``--show`` prints the table and draws it beside the rows.
 """
 
 import argparse
@@ -125,13 +125,19 @@ def fill(options: argparse.Namespace, path: Path) -> None:
             run(options, method, missing, path)
 
 
-def show(path: Path, network: str) -> str:
-    """Test accuracy as a table in Markdown: mean, and standard error where there are several seeds."""
+def _cells(path: Path, network: str) -> dict[str, dict[str, list[float]]]:
+    """Accuracies by method and epochs, then by width."""
     cells: dict[str, dict[str, list[float]]] = {}
     for row in _rows(path):
         if row["network"] == network:
-            name = row["method"] + ("" if row["extras"] != "none" else ", no extras")
+            name = row["method"] + ("" if row["extras"] != "none" else ", no extras") + f", {row['epochs']} epochs"
             cells.setdefault(name, {}).setdefault(row["bits"], []).append(float(row["test"] or row["held_out"]))
+    return cells
+
+
+def show(path: Path, network: str) -> str:
+    """Accuracy as a table in Markdown: mean, and standard error where there are several seeds."""
+    cells = _cells(path, network)
     widths = sorted({width for columns in cells.values() for width in columns})
     lines = ["| | " + " | ".join(f"W{w}A{w}" for w in widths) + " |", "| --- |" + " --: |" * len(widths)]
     for name, columns in cells.items():
@@ -146,6 +152,29 @@ def _cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {error:.2f} ({len(values)})"
 
 
+def picture(path: Path, network: str) -> Path:
+    """The same as dots, a panel per width, standard errors as bars."""
+    from matplotlib.figure import Figure
+
+    cells = _cells(path, network)
+    widths = sorted({width for columns in cells.values() for width in columns})
+    figure = Figure(figsize=(4 * len(widths) + 2, 0.3 * len(cells) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
+    for axes, width in zip(panels, widths, strict=True):
+        for y, (name, columns) in enumerate(cells.items()):
+            values = columns.get(width, [])
+            if values:
+                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+                colour = "tab:orange" if name.startswith("soft") else "tab:grey" if "float" in name else "tab:blue"
+                axes.errorbar(statistics.mean(values), y, xerr=error, fmt="o", color=colour, capsize=3)
+        axes.set(title=f"W{width}A{width}", xlabel="accuracy in %", yticks=range(len(cells)), yticklabels=list(cells))
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    target = path.with_name(f"{path.stem}_{network}.png")
+    figure.savefig(target, dpi=120)
+    return target
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,12 +187,15 @@ def main() -> None:
     parser.add_argument("--no-extras", dest="extras", action="store_false", help="no distillation, no re-estimation")
     parser.add_argument("--trial", action="store_true", help="held-out images only")
     parser.add_argument("--set", nargs="*", default=[], help="further overrides, part of the method's name")
-    parser.add_argument("--show", action="store_true", help="print the table only")
+    parser.add_argument("--show", action="store_true", help="print and draw what there is")
     options = parser.parse_args()
     path = RESULTS / ("accuracy_trials.csv" if options.trial else "accuracy.csv")
     if not options.show:
         fill(options, path)
+    if not _cells(path, options.network):
+        parser.error(f"{path.name} has no rows of {options.network} yet: run without --show first")
     print(show(path, options.network))
+    print(picture(path, options.network))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         HoldOnPlateau,
         IterativeFreezing,
         LearnedQuantization,
+        ProgressiveBits,
         QuantizationTracker,
         SelfDistillation,
     )
@@ -36,6 +37,7 @@ _NAMES = {
     "HoldOnPlateau": "lq.callbacks",
     "IterativeFreezing": "lq.callbacks",
     "LearnedQuantization": "lq.callbacks",
+    "ProgressiveBits": "lq.callbacks",
     "QuantizationTracker": "lq.callbacks",
     "SelfDistillation": "lq.callbacks",
     "load_from_checkpoint": "lq.checkpoints",
@@ -71,6 +73,7 @@ __all__ = [
     "IntegerNetwork",
     "IterativeFreezing",
     "LearnedQuantization",
+    "ProgressiveBits",
     "QuantSpec",
     "QuantizationTracker",
     "SearchReport",

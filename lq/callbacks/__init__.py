@@ -3,6 +3,7 @@
 from lq.callbacks.distillation import SelfDistillation
 from lq.callbacks.freezing import IterativeFreezing
 from lq.callbacks.learned_quantization import LearnedQuantization
+from lq.callbacks.progressive import ProgressiveBits
 from lq.callbacks.schedule import AnnealSpec, HoldAtAlignment, HoldAtStep, HoldOnPlateau
 from lq.callbacks.tracker import QuantizationTracker
 
@@ -13,6 +14,7 @@ __all__ = [
     "HoldOnPlateau",
     "IterativeFreezing",
     "LearnedQuantization",
+    "ProgressiveBits",
     "QuantizationTracker",
     "SelfDistillation",
 ]

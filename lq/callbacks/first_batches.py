@@ -13,7 +13,7 @@ from lq.nn import named_quantized_layers
 from lq.spec import QuantSpec
 from lq.surgery import execution_order, layer_specs, reassign_ends, set_widths
 
-__all__ = ["calibrate_on_training_batches", "reestimate_on_training_batches"]
+__all__ = ["calibrate_on_training_batches", "recalibrate_on_training_batches", "reestimate_on_training_batches"]
 
 
 def calibrate_on_training_batches(
@@ -48,11 +48,35 @@ def calibrate_on_training_batches(
         whole = (lambda: calibrate(twin, seen, run)) if missing else (lambda: [run(twin, batch) for batch in seen])
         called = execution_order(twin, whole)
     check_called(called, list(named_quantized_layers(pl_module)))
+    _take_input_levels(pl_module, twin, missing)
+    return order
+
+
+def recalibrate_on_training_batches(
+    trainer: Any, pl_module: Any, count: int, forward: Forward | None, paths: Sequence[str]
+) -> None:
+    """Set the input levels of some layers anew, from a copy.
+
+    Args:
+        trainer: of a running fit.
+        pl_module: the quantized module; only the inputs of these layers change.
+        count: batches to look at.
+        forward: the user's way to run the module on a batch, or None.
+        paths: of the layers.
+    """
+    if not paths:
+        return
+    twin, run = shadow(trainer, pl_module, forward)
+    with training_batches(trainer, count) as batches, torch.no_grad():
+        calibrate(twin, batches, run)
+    _take_input_levels(pl_module, twin, paths)
+
+
+def _take_input_levels(pl_module: Any, twin: nn.Module, paths: Sequence[str]) -> None:
     copies = dict(twin.named_modules())
-    for path in missing:
+    for path in paths:
         source, target = (cast(nn.Module, m.input_quantizer) for m in (copies[path], pl_module.get_submodule(path)))
         target.load_state_dict(source.state_dict())
-    return order
 
 
 def reestimate_on_training_batches(trainer: Any, pl_module: Any, count: int, forward: Forward | None) -> None:

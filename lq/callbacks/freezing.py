@@ -50,6 +50,7 @@ class IterativeFreezing(Callback):
             raise ValueError(f"momentum must lie above 0 and not above 1, got {momentum}: 0.01 is usual")
         self.thresholds, self.momentum = (threshold_start, threshold_end), momentum
         self.states: dict[str, Oscillation] = {}
+        self._levels: dict[str, int] = {}
         self.step = 0
         self._stepped, self._total = False, 1
 
@@ -82,17 +83,18 @@ class IterativeFreezing(Callback):
         frozen = total = 0
         for path, layer in distinct_weights(pl_module):
             if not _computes(layer):
-                self.states[path] = self._follow(layer, self.states.get(path), threshold)
+                self.states[path] = self._follow(path, layer, threshold)
                 frozen += int(self.states[path].frozen.sum())
                 total += layer.weight_quantizer.layout.rows(_weight(layer)).numel()
         pl_module.log(metric("frozen_fraction"), frozen / max(1, total))
 
-    def _follow(self, layer: QuantLayer, state: Oscillation | None, threshold: float) -> Oscillation:
-        quantizer, weight = layer.weight_quantizer, _weight(layer)
+    def _follow(self, path: str, layer: QuantLayer, threshold: float) -> Oscillation:
+        state, quantizer, weight = self.states.get(path), layer.weight_quantizer, _weight(layer)
         rows = quantizer.layout.rows
         scale = positive(quantizer.scale).reshape(-1, 1)
         position = rows(quantizer.hard(weight)).to(scale.dtype) / scale
-        if state is None:
+        if state is None or self._levels.get(path) != quantizer.codes.levels:  # none yet, or of another width
+            self._levels[path] = quantizer.codes.levels
             return start_oscillation(position)
         state = Oscillation(*(part.to(position.device) for part in state))
         # what is frozen has moved with the optimizer only until here
@@ -111,7 +113,8 @@ class IterativeFreezing(Callback):
         Returns:
             Steps and tensors.
         """
-        return {"step": self.step, "layers": {path: state._asdict() for path, state in self.states.items()}}
+        layers = {path: state._asdict() for path, state in self.states.items()}
+        return {"step": self.step, "levels": dict(self._levels), "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written.
@@ -119,7 +122,7 @@ class IterativeFreezing(Callback):
         Args:
             state_dict: from `state_dict`.
         """
-        self.step = state_dict["step"]
+        self.step, self._levels = state_dict["step"], dict(state_dict["levels"])
         self.states = {path: Oscillation(**parts) for path, parts in state_dict["layers"].items()}
 
 

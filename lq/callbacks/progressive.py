@@ -1,0 +1,159 @@
+"""Widths that fall in the course of one fit."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
+
+from lq.callbacks.batches import Forward
+from lq.callbacks.first_batches import recalibrate_on_training_batches
+from lq.network import quantizers, scale_parameters, set_slope
+from lq.nn import named_quantized_layers
+from lq.quantizers import SoftQuantizer
+from lq.spec import LayerSpec
+from lq.surgery import layer_specs, set_widths
+
+__all__ = ["ProgressiveBits"]
+
+_say = rank_zero_only(print)
+
+
+class ProgressiveBits(Callback):
+    """Trains with more bits first: 8, then 4, then those of `LearnedQuantization`, in one fit.
+
+    At each change levels are set anew, of weights from the weights and of inputs from training batches. Layers that end
+    with more bits than a stage has keep theirs. A `ModelCheckpoint` that keeps the best forgets, when the last stage
+    begins, what it saw before: those networks had other widths.
+
+    Args:
+        bits: widths of the stages before the last, falling.
+        until: fraction of the fit that they share in equal parts.
+        calibration_batches: training batches that set the levels of inputs at each change.
+        calibration_forward: runs the module on a batch, where `LearnedQuantization` needs it, too.
+
+    Raises:
+        ValueError: for widths that do not fall, or a fraction out of range.
+
+    Source: in steps from one width to the next, Li et al., Additive Powers-of-Two Quantization, ICLR 2020, section 4.
+
+    >>> ProgressiveBits([8, 4, 3], until=0.6).bits
+    (8, 4, 3)
+    """
+
+    def __init__(
+        self,
+        bits: Sequence[int] = (8, 4),
+        until: float = 0.5,
+        *,
+        calibration_batches: int = 4,
+        calibration_forward: Forward | None = None,
+    ) -> None:
+        """Validate; nothing is touched before the first batch."""
+        super().__init__()
+        for width in bits:
+            LayerSpec(bits=width)  # complains
+        if not bits or list(bits) != sorted(set(bits), reverse=True):
+            raise ValueError(f"bits must fall from stage to stage, got {list(bits)}: try [8, 4]")
+        if not 0 < until < 1:
+            raise ValueError(f"until must lie between 0 and 1, got {until}: 0.5 leaves half of it to the last width")
+        if calibration_batches < 1:
+            raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}: try 4")
+        self.bits, self.until = tuple(bits), until
+        self.calibration_batches, self.calibration_forward = calibration_batches, calibration_forward
+        self.step, self.stage, self.last = 0, -1, dict[str, LayerSpec]()
+        self._total, self._stepped = 1, False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that there is an end, and no second network whose widths would stay behind."""
+        total = trainer.estimated_stepping_batches
+        if not total < float("inf"):
+            raise ValueError("ProgressiveBits needs a fit with an end, got none: set Trainer(max_epochs=...)")
+        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError("ProgressiveBits cannot change the widths of averaged weights: leave one of the two out")
+        self._total = max(1, int(total))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Change the widths when a stage begins."""
+        self.last = self.last or layer_specs(pl_module)
+        part = self.step / (self.until * self._total)
+        stage = min(int(part * len(self.bits)), len(self.bits))
+        if stage != self.stage:
+            self.stage = stage
+            self._change(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Weights are about to move."""
+        self._stepped = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step."""
+        self.step += self._stepped
+        self._stepped = False
+
+    def _change(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        final = self.stage == len(self.bits)
+        specs = self.last if final else {p: _widened(s, self.bits[self.stage]) for p, s in self.last.items()}
+        before, learned = layer_specs(pl_module), {id(p) for p in scale_parameters(pl_module)}
+        slopes = [float(q.slope) for q in quantizers(pl_module) if isinstance(q, SoftQuantizer)]
+        set_widths(pl_module, specs)
+        if {id(p) for p in scale_parameters(pl_module)} != learned:
+            raise ValueError(
+                "ProgressiveBits needs a quantizer whose parameters do not depend on the width, got one that learns "
+                "every step: choose another quantizer, or train width after width"
+            )
+        if slopes:
+            set_slope(pl_module, slopes[0])
+        changed = [path for path, spec in specs.items() if _inputs(spec) != _inputs(before[path])]
+        count, forward = self.calibration_batches, self.calibration_forward
+        recalibrate_on_training_batches(trainer, pl_module, count, forward, changed)
+        widths = sorted({layer.weight_quantizer.codes.bits for layer in named_quantized_layers(pl_module).values()})
+        _say(f"Step {self.step}: weights of {', '.join(map(str, widths))} bits")
+        if final and self.step:
+            _forget_best(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, stage, and the specs of the last stage.
+
+        Returns:
+            Plain Python values.
+        """
+        last = {path: spec.to_dict() for path, spec in self.last.items()}
+        return {"step": self.step, "stage": self.stage, "last": last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written.
+
+        Args:
+            state_dict: from `state_dict`.
+        """
+        self.step, self.stage = state_dict["step"], state_dict["stage"]
+        self.last = {path: LayerSpec(**spec) for path, spec in state_dict["last"].items()}
+
+
+def _inputs(spec: LayerSpec) -> tuple[int, int] | None:
+    return None if spec.activation is None else spec.activation_codes(signed=True)[:2]
+
+
+def _widened(spec: LayerSpec, bits: int) -> LayerSpec:
+    """The spec with at least so many bits, of inputs, too."""
+    own = spec.activation_bits if spec.activation_bits != "same" else spec.weight_codes.bits
+    changes: dict[str, Any] = {"activation_bits": max(bits, int(own))}
+    if bits > spec.weight_codes.bits:
+        changes |= {"bits": bits, "levels": None}
+    return replace(spec, **changes)
+
+
+def _forget_best(trainer: Trainer) -> None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback.best_k_models, callback.best_model_path, callback.best_model_score = {}, "", None
+            worst = float("-inf") if callback.mode == "max" else float("inf")
+            callback.kth_best_model_path, callback.kth_value = "", torch.tensor(worst)
