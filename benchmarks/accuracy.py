@@ -27,6 +27,7 @@ METHODS = {
     "lsq": ["quantizer=lsq"],
     "lsq, full range": ["quantizer=lsq", "quantizer.grid=full_range"],
     "lsq, mid-rise": ["quantizer=lsq", MID_RISE],
+    "minmax": ["quantizer=minmax"],
     "pact": ["quantizer=pact"],
     "dsq": ["quantizer=dsq"],
     "apot": ["quantizer=apot"],
@@ -40,7 +41,7 @@ METHODS = {
 }
 # weight decay falls with the width, as for LSQ (Esser et al. 2020, section 3)
 WEIGHT_DECAY = {2: 0.25e-4, 3: 0.5e-4}
-KEY = "network bits method extras epochs seed".split()
+KEY = "network bits method extras epochs lr seed".split()
 FIELDS = [*KEY, "held_out", "test", "float", "seconds"]
 RECIPES = {
     "resnet20": ["recipes=cifar10_resnet20"],
@@ -108,7 +109,7 @@ def _key(options: argparse.Namespace, method: str, seed: int) -> dict[str, str]:
     """What tells rows apart."""
     name = " ".join([method, *options.set]) if options.set else method
     extras = "distillation, batch norms" if options.extras else "none"
-    values = (options.network, options.bits, name, extras, options.epochs, seed)
+    values = (options.network, options.bits, name, extras, options.epochs, options.lr, seed)
     return dict(zip(KEY, map(str, values), strict=True))
 
 

@@ -17,8 +17,9 @@ from lq.spec import QuantSpec, matches
 from lq.surgery import Plan, execution_order, make_plan, quantize_model
 from lq.text import format_table
 
-__all__ = ["BitAllocation", "allocate_bits"]
+__all__ = ["WIDTHS", "BitAllocation", "allocate_bits"]
 
+WIDTHS = (2, 3, 4, 6, 8)
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -62,7 +63,7 @@ def allocate_bits(
     spec: QuantSpec | None = None,
     *,
     average_bits: float,
-    widths: Sequence[int] = (2, 3, 4, 6, 8),
+    widths: Sequence[int] = WIDTHS,
     forward: Forward | None = None,
     progress: bool = True,
 ) -> BitAllocation:
@@ -100,7 +101,10 @@ def allocate_bits(
     if not batches:
         raise ValueError("batches must hold at least one batch, got none: pass a few batches of training data")
     for width in widths:
-        replace(spec, bits=width, levels=None)  # complains
+        try:
+            replace(spec, bits=width, levels=None)
+        except ValueError as error:
+            raise ValueError(f"widths must be such that the spec allows, got {width}: {error}") from error
     run = forward or default_forward
     model = copy.deepcopy(model).eval()
     plan = make_plan(model, spec, execution_order(model, lambda: run(model, batches[0])))
@@ -120,10 +124,19 @@ def allocate_bits(
     sizes = torch.tensor([[counts[path] * width for width in widths] for path in free])
     table = torch.tensor([list(losses[path].values()) for path in free])
     chosen = {p: widths[i] for p, i in zip(free, choose_within_budget(table, sizes, budget), strict=True)}
-    given = {twin: {"bits": bits} for path, bits in chosen.items() for twin in groups[path]}
-    merged = {glob: {**given.get(glob, {}), **changes} for glob, changes in spec.overrides.items()}
-    found = replace(spec, overrides={**given, **merged})
+    found = _with_widths(spec, plan, {twin: bits for path, bits in chosen.items() for twin in groups[path]})
     return BitAllocation(found, {path: (chosen | fixed)[path] for path in groups}, counts, losses)
+
+
+def _with_widths(spec: QuantSpec, plan: Plan, chosen: dict[str, int]) -> QuantSpec:
+    """The spec with all that is special about any layer said by its path: no order of layers can change it."""
+    common = replace(spec, first_last_bits=None, overrides={})
+    overrides = {}
+    for path, own in plan.specs.items():
+        plain, bits = common.layer(path).to_dict(), {"bits": chosen[path]} if path in chosen else {}
+        changes = {name: value for name, value in (own.to_dict() | bits).items() if value != plain[name]}
+        overrides[path] = changes | bits
+    return replace(common, overrides={path: changes for path, changes in overrides.items() if changes})
 
 
 def _groups(plan: Plan) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 
-from lq.bit_allocation import allocate_bits
+from lq.bit_allocation import WIDTHS, allocate_bits
 from lq.callbacks import LearnedQuantization
 from lq.checkpoints import checkpoint_spec, load_from_checkpoint
 from lq.classifier import Classifier
@@ -50,6 +51,7 @@ class Settings:
         seed: of everything that is random.
         average_bits: mean width of a weight, for which `lq.allocate_bits` finds the width of every layer; None gives
             all the spec's. A resumed run takes the widths of its checkpoint.
+        widths: that it chooses from.
         pretrain_epochs: float epochs before quantization; 0 where model.checkpoint holds a float network.
         pretrain_lr: learning rate of those.
         select: which network is stored: "best" by the monitored metric, or "last".
@@ -69,6 +71,7 @@ class Settings:
     output_dir: Path
     seed: int = 0
     average_bits: float | None = None
+    widths: Sequence[int] = WIDTHS
     pretrain_epochs: int = 0
     pretrain_lr: float = 0.1
     select: str = "best"
@@ -141,8 +144,7 @@ def run(settings: Settings) -> Outcome:
     Raises:
         ValueError: for settings that cannot work, before anything is written to a tracking store.
     """
-    if settings.select not in ("best", "last"):
-        raise ValueError(f"select must be 'best' or 'last', got {settings.select!r}: choose one of those")
+    _check(settings)
     seed_everything(settings.seed, workers=True, verbose=False)
     classifier = Classifier(settings.model, **settings.optimizer)
     if settings.quantization is not None:
@@ -150,6 +152,21 @@ def run(settings: Settings) -> Outcome:
     settings.data.prepare_data()
     with tracked(settings.loggers, settings.description):
         return _run(settings, classifier)
+
+
+def _check(settings: Settings) -> None:
+    if settings.select not in ("best", "last"):
+        raise ValueError(f"select must be 'best' or 'last', got {settings.select!r}: choose one of those")
+    if settings.quantization is None:
+        for name in ("average_bits", "registered_model"):
+            if (value := getattr(settings, name)) is not None:
+                raise ValueError(f"{name} must be None for a float network, got {value!r}: leave it out, or quantize")
+    monitors = [c.monitor for c in settings.callbacks if isinstance(c, ModelCheckpoint)]
+    if not settings.test and settings.select == "best" and monitors and monitors[0] != "val/acc":
+        raise ValueError(
+            f"test must be true where the best epoch is chosen by {monitors[0]!r}, got false: nothing would say "
+            "how good it is. Monitor val/acc, or set select=last"
+        )
 
 
 def _run(settings: Settings, classifier: Classifier) -> Outcome:
@@ -171,7 +188,7 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
         (settings.output_dir / "outcome.json").write_text(outcome.to_json())
         store_files(settings.loggers, [outcome.network] if outcome.network else [], figures)
         log_text(settings.loggers, "lq/outcome.txt", str(outcome))
-        if settings.registered_model and quantization and outcome.network:
+        if settings.registered_model and outcome.network:
             log_packed_model(settings.loggers, outcome.network, registered_name=settings.registered_model)
     return outcome
 
@@ -179,16 +196,23 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
 def _mixed(settings: Settings, quantization: LearnedQuantization, classifier: Classifier) -> LearnedQuantization:
     """The callback with a width for every layer."""
     if settings.ckpt_path is not None:
-        checkpoint = torch.load(settings.ckpt_path, map_location="cpu", weights_only=True)
-        return LearnedQuantization(checkpoint_spec(checkpoint), quantization.anneal)
+        saved = checkpoint_spec(torch.load(settings.ckpt_path, map_location="cpu", weights_only=True))
+        widths = {"overrides": saved.overrides, "first_last_bits": saved.first_last_bits}
+        return LearnedQuantization(replace(quantization.spec, **widths), quantization.anneal)
     settings.data.setup("fit")
-    batches = settings.data.calibration_batches(_CALIBRATION_IMAGES)  # type: ignore[attr-defined]
+    batches = settings.data.calibration_batches(_CALIBRATION_IMAGES, held_out=False)  # type: ignore[attr-defined]
     _say("Widths by what each layer loses")
-    found = allocate_bits(classifier.model, batches, quantization.spec, average_bits=settings.average_bits or 0.0)
-    spec = replace(found.spec, overrides={f"model.{path}": changes for path, changes in found.spec.overrides.items()})
+    found = allocate_bits(
+        classifier,
+        batches,
+        quantization.spec,
+        average_bits=settings.average_bits or 0.0,
+        widths=settings.widths,
+        forward=lambda module, batch: module(batch[0]),
+    )
     _say(found)
     log_text(settings.loggers, "lq/allocation.txt", str(found))
-    return LearnedQuantization(spec, quantization.anneal)
+    return LearnedQuantization(found.spec, quantization.anneal)
 
 
 def _store_packed(settings: Settings, trainer: Trainer, stored: Classifier) -> _Stored:
@@ -208,7 +232,7 @@ def _store_packed(settings: Settings, trainer: Trainer, stored: Classifier) -> _
 def _store_float(settings: Settings, trainer: Trainer, stored: Classifier) -> _Stored:
     path = settings.output_dir / FLOAT_NETWORK
     if trainer.is_global_zero:
-        save_file({name: tensor.contiguous() for name, tensor in stored.model.state_dict().items()}, path)
+        save_model(stored.model, str(path))
     trainer.strategy.barrier()
     return {}, {"network": path}
 
@@ -240,9 +264,10 @@ def _monitored(settings: Settings, trainer: Trainer) -> dict[str, float]:
 
 def _held_out(settings: Settings, trainer: Trainer) -> float | None:
     """Accuracy of the stored network on the held-out images."""
-    monitored = _monitored(settings, trainer)
-    found = monitored.get("val/acc") if monitored else trainer.callback_metrics.get("val/acc")
-    return None if found is None else float(found)
+    if _checkpoint(settings, trainer) is None:
+        found = trainer.callback_metrics.get("val/acc")
+        return None if found is None else float(found)
+    return _monitored(settings, trainer).get("val/acc")  # of that epoch; unknown where another metric chose it
 
 
 def _stored(settings: Settings, trainer: Trainer, classifier: Classifier) -> Classifier:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lq.nn import QuantLayer
 
@@ -117,5 +118,7 @@ def decay_rules(layers: Iterable[QuantLayer]) -> list[Rule]:
         factor = _DECAY_BY_BITS.get(layer.weight_quantizer.codes.bits, 1.0)
         if factor != 1:
             own = [p for p in layer.parameters(recurse=False) if p.dim() > 1]  # biases keep theirs
+            if parametrize.is_parametrized(layer, "weight"):
+                own += [p for p in layer.parametrizations.weight.parameters() if p.dim() > 1]  # type: ignore[union-attr]
             found.setdefault(factor, {}).update((id(p), p) for p in own)
     return [Rule(tuple(params.values()), weight_decay=factor) for factor, params in found.items()]

@@ -1,5 +1,6 @@
 """What the runs of recipes share: a described, finalized tracking run, a Trainer, a test, stored files and figures."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def tracked(loggers: Sequence[Any], description: Mapping[str, Any] | None) -> It
     """
     description = dict(description or {})
     for logger in loggers:
-        logger.log_hyperparams(description)
+        logger.log_hyperparams(_nameable(description))
         if is_mlflow(logger):
             logger.experiment.log_dict(logger.run_id, description, "config.yaml")
     try:
@@ -50,6 +51,15 @@ def tracked(loggers: Sequence[Any], description: Mapping[str, Any] | None) -> It
         raise
     for logger in loggers:
         logger.finalize("success")
+
+
+def _nameable(value: Any) -> Any:
+    """The same, with mappings as text whose keys (globs, say) tracking stores do not take for names."""
+    if not isinstance(value, Mapping):
+        return value
+    if not all(re.fullmatch(r"[\w.\- ]+", str(key)) for key in value):
+        return str(dict(value))
+    return {key: _nameable(part) for key, part in value.items()}
 
 
 def make_trainer(settings: RunSettings, callbacks: Sequence[Callback] = (), **changes: Any) -> Trainer:

@@ -13,9 +13,9 @@ from lq.functional import allocation
 from lq.functional.allocation import choose_within_budget
 from lq.functional.distillation import distillation_loss
 from lq.network import network_size
+from lq.nn import named_quantized_layers
 from tests.helpers.commands import QUICK
 from tests.helpers.commands import lq as command
-from tests.helpers.modules import small_cnn
 
 
 @settings(max_examples=200, deadline=None)
@@ -114,20 +114,61 @@ def test_bad_input_names_what_is_possible(network):
         lq.allocate_bits(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)], average_bits=8, progress=False)
 
 
+def test_losses_that_are_no_numbers_choose_nothing():
+    with pytest.raises(ValueError, match=r"losses must be finite, those of items \[0\] are not"):
+        choose_within_budget(torch.tensor([[float("nan"), 1.0], [5.0, 1.0]]), torch.tensor([[2, 4], [2, 4]]), 8)
+
+
+class HeadFirst(nn.Module):
+    """Registers its head before its body."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.a, self.b, self.c = nn.Linear(8, 4), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "codebook"])
+def test_the_spec_means_the_same_whatever_the_order_of_layers(quantizer):
+    torch.manual_seed(0)
+    spec = lq.QuantSpec(quantizer=quantizer, normalize=True)
+    found = lq.allocate_bits(HeadFirst(), [torch.randn(32, 8)], spec, average_bits=5.5, widths=[2, 4], progress=False)
+    assert found.bits["head"] == found.bits["a"] == 8
+    model = HeadFirst()
+    lq.quantize_model(model, found.spec)  # by registration order
+    layers = named_quantized_layers(model)
+    assert {path: layer.weight_quantizer.codes.bits for path, layer in layers.items()} == found.bits
+    assert {p for p, layer in layers.items() if layer.layer_spec.quantizer == quantizer} >= {"b", "c"}
+    assert {p for p, layer in layers.items() if layer.layer_spec.normalize} == {"b", "c"}
+
+
+def test_widths_that_a_method_lacks_are_named(network):
+    model, batches = network
+    with pytest.raises(ValueError, match="widths must be such that the spec allows, got 6: candidates must be"):
+        lq.allocate_bits(model, batches, lq.QuantSpec(quantizer="subset"), average_bits=4, progress=False)
+
+
 def test_a_recipe_trains_and_resumes_mixed_widths(tmp_path):
-    settings_ = ["average_bits=3.5", *QUICK, "trainer.max_epochs=2"]
-    done = command("train", *settings_, "output_dir=out", cwd=tmp_path)
+    overrides = "quantizer.overrides={model.layer1.*: {granularity: channel}}"
+    given = ["average_bits=3.5", "widths=[2,3,4,8]", overrides, *QUICK, "trainer.max_epochs=2"]
+    done = command("train", *given, "output_dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bits per weight" in done.stdout
     size = json.loads((tmp_path / "out" / "outcome.json").read_text())["size"]
     assert 3.2 < 8 * size["packed_bytes"] / size["weights"] < 3.6
-    again = command("train", *settings_, "output_dir=two", "ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path)
+    again = command("train", *given, "output_dir=two", "ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads((tmp_path / "two" / "outcome.json").read_text())["size"] == size
+    resumed = [*given, "output_dir=three", "ckpt_path=out/checkpoints/last.ckpt"]
+    other = command("train", *resumed, "quantizer.grid=mid_rise", cwd=tmp_path)
+    assert other.returncode != 0
+    assert "they differ in grid" in other.stderr
 
 
-def test_the_spec_of_a_cnn_survives_training(tmp_path):
-    torch.manual_seed(0)
-    model = small_cnn().eval()
-    found = lq.allocate_bits(model, [torch.randn(8, 3, 8, 8)], average_bits=4.5, progress=False)
-    assert lq.QuantSpec.from_dict(found.spec.to_dict()) == found.spec
+def test_a_float_run_has_no_widths_and_no_packed_model(tmp_path):
+    for field in ("average_bits=3", "registered_model=x"):
+        done = command("train", "quantizer=none", field, *QUICK, "output_dir=out", cwd=tmp_path)
+        assert done.returncode != 0
+        assert f"{field.split('=')[0]} must be None for a float network" in done.stderr

@@ -43,7 +43,14 @@ def calibrate_on_training_batches(
         if order is None:
             first = execution_order(twin, lambda: [run(twin, batch) for batch in seen[:1]])
             order = [path for path in first if path in named_quantized_layers(pl_module)]
+            before = {id(p) for p in pl_module.parameters()}
             reassign_ends(pl_module, spec, order)
+            if {id(p) for p in pl_module.parameters()} != before:
+                raise ValueError(
+                    f"example_input_array must be set for quantizer={spec.quantizer!r}: the first and last block in "
+                    f"execution order are {order[0]!r} and {order[-1]!r}, others than those registered first and last, "
+                    "and the optimizer holds what these learned"
+                )
             set_widths(twin, layer_specs(pl_module))  # before the scales are set, which depend on the widths
         whole = (lambda: calibrate(twin, seen, run)) if missing else (lambda: [run(twin, batch) for batch in seen])
         called = execution_order(twin, whole)

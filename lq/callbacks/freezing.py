@@ -7,7 +7,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lq.functional.layout import positive
 from lq.functional.oscillation import Oscillation, start_oscillation, track_oscillation
 from lq.functional.schedule import ramp
 from lq.network import distinct_weights
@@ -21,7 +20,7 @@ class IterativeFreezing(Callback):
     """Freezes a weight to its average level once it turns back more often than a threshold allows.
 
     The threshold falls along a cosine over the fit. Place it behind `LearnedQuantization`. Frozen weights follow their
-    scale, which goes on learning. Layers that compute their weight from others (standardization, normalization) are
+    level, which goes on learning. Layers that compute their weight from others (standardization, normalization) are
     left alone and named.
 
     Args:
@@ -54,6 +53,11 @@ class IterativeFreezing(Callback):
         self.step = 0
         self._stepped, self._total = False, 1
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start anew; a checkpoint's state is loaded after this."""
+        if stage == "fit":
+            self.states, self._levels, self.step = {}, {}, 0
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers cannot be frozen."""
         total = trainer.estimated_stepping_batches
@@ -85,14 +89,12 @@ class IterativeFreezing(Callback):
             if not _computes(layer):
                 self.states[path] = self._follow(path, layer, threshold)
                 frozen += int(self.states[path].frozen.sum())
-                total += layer.weight_quantizer.layout.rows(_weight(layer)).numel()
+                total += _weight(layer).numel()
         pl_module.log(metric("frozen_fraction"), frozen / max(1, total))
 
     def _follow(self, path: str, layer: QuantLayer, threshold: float) -> Oscillation:
         state, quantizer, weight = self.states.get(path), layer.weight_quantizer, _weight(layer)
-        rows = quantizer.layout.rows
-        scale = positive(quantizer.scale).reshape(-1, 1)
-        position = rows(quantizer.hard(weight)).to(scale.dtype) / scale
+        position = quantizer.rank(quantizer.encode(weight)).float()
         if state is None or self._levels.get(path) != quantizer.codes.levels:  # none yet, or of another width
             self._levels[path] = quantizer.codes.levels
             return start_oscillation(position)
@@ -100,11 +102,10 @@ class IterativeFreezing(Callback):
         # what is frozen has moved with the optimizer only until here
         state = track_oscillation(state, torch.where(state.frozen, state.position, position), self.momentum)
         new = (state.frequency > threshold) & ~state.frozen
-        near = quantizer.layout.unrows((state.average * scale).to(weight.dtype), weight.shape)
-        average = rows(quantizer.hard(near)).to(scale.dtype) / scale
-        state = state._replace(position=torch.where(new, average, state.position), frozen=state.frozen | new)
-        held = torch.where(state.frozen, state.position * scale, rows(weight).to(scale.dtype))
-        weight.copy_(quantizer.layout.unrows(held, weight.shape))
+        position = torch.where(new, state.average.round(), state.position)
+        state = state._replace(position=position, frozen=state.frozen | new)
+        held = quantizer.decode(quantizer.unrank(position)).to(weight.dtype)
+        weight.copy_(torch.where(state.frozen, held, weight))
         return state
 
     def state_dict(self) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class ProgressiveBits(Callback):
         self.step, self.stage, self.last = 0, -1, dict[str, LayerSpec]()
         self._total, self._stepped = 1, False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start anew; a checkpoint's state is loaded after this."""
+        if stage == "fit":
+            self.step, self.stage, self.last = 0, -1, {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is an end, and no second network whose widths would stay behind."""
         total = trainer.estimated_stepping_batches

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from lq.bit_allocation import WIDTHS
 from lq.callbacks import AnnealSpec, LearnedQuantization
 from lq.classifier import Classifier
 from lq.cli.fields import doc
@@ -42,6 +43,7 @@ class TrainConfig:
         "mean bits per weight under which every layer gets a width by what it loses; null gives all quantizer.bits.",
         None,
     )
+    widths: list[int] = doc("that average_bits chooses from.", list(WIDTHS))
     pretrain_epochs: int = doc("float epochs before quantization; 0 where model.checkpoint is a float network.", 0)
     pretrain_lr: float = doc("peak learning rate of those.", 0.1)
     select: str = doc('which network is stored: "best" on the held-out images, or "last".', "best")
@@ -110,6 +112,7 @@ def build(config: DictConfig) -> Settings:
             for name in (
                 "seed",
                 "average_bits",
+                "widths",
                 "pretrain_epochs",
                 "pretrain_lr",
                 "select",

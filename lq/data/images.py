@@ -127,17 +127,18 @@ class ImageData(LightningDataModule):
             drop_last=shuffle,
         )
 
-    def calibration_batches(self, images: int, batch_size: int = 64) -> list[Batch]:
-        """Training images without augmentation, to calibrate on: drawn by the seed from those held out to monitor.
+    def calibration_batches(self, images: int, batch_size: int = 64, *, held_out: bool = True) -> list[Batch]:
+        """Training images to calibrate on, drawn by the seed: the same in every process.
 
         Args:
             images: how many; all there are where there are fewer.
             batch_size: images per batch.
+            held_out: draw from those held out to monitor, without augmentation; or from those that are trained on.
 
         Returns:
             Batches of images ``(B, C, H, W)`` and classes ``(B,)``.
         """
-        dataset = self.calibration
+        dataset = self.calibration if held_out else self.train
         picks = np.random.default_rng(self.seed).permutation(len(dataset))[:images]  # type: ignore[arg-type]
         loader = DataLoader(dataset, batch_size, sampler=picks.tolist(), collate_fn=self.collate)
         return [tuple(batch) for batch in loader]  # type: ignore[misc]

@@ -25,12 +25,15 @@ def choose_within_budget(losses: Tensor, sizes: Tensor, budget: int) -> list[int
         Index of the chosen option of every item.
 
     Raises:
-        ValueError: for a budget below the sum of the smallest options.
+        ValueError: for a budget below the sum of the smallest options, or losses that are not finite.
 
     >>> losses = torch.tensor([[5.0, 1.0], [4.0, 3.0]])
     >>> choose_within_budget(losses, torch.tensor([[2, 4], [2, 4]]), 6)
     [1, 0]
     """
+    if not bool(torch.isfinite(losses).all()):
+        wrong = (~torch.isfinite(losses)).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"losses must be finite, those of items {wrong} are not: check what they were measured on")
     least = sizes.amin(dim=1)
     if budget < int(least.sum()):
         raise ValueError(f"budget must be at least {int(least.sum())}, the sum of the smallest options, got {budget}")

@@ -7,14 +7,12 @@ from torch import Tensor
 
 __all__ = ["Oscillation", "start_oscillation", "track_oscillation"]
 
-_SAME = 1e-4  # positions are quotients: they differ in the last digit although the level is the same
-
 
 class Oscillation(NamedTuple):
     """What is known about the oscillation of each weight, all of one shape.
 
     Args:
-        position: level of the weight, in steps.
+        position: rank of the weight's level among all of them.
         direction: sign of its last change, 0 before the first.
         frequency: moving average of whether it turned back, from 0 to 1.
         average: moving average of its position.
@@ -32,7 +30,7 @@ def start_oscillation(position: Tensor) -> Oscillation:
     """Nothing has moved yet.
 
     Args:
-        position: level of each weight, in steps, any shape.
+        position: rank of each weight's level, whole numbers in floating point, any shape.
 
     Returns:
         The state.
@@ -49,7 +47,7 @@ def track_oscillation(state: Oscillation, position: Tensor, momentum: float) -> 
 
     Args:
         state: before the step.
-        position: level of each weight after it, in steps.
+        position: rank of each weight's level after it.
         momentum: m, from 0 to 1.
 
     Returns:
@@ -63,8 +61,7 @@ def track_oscillation(state: Oscillation, position: Tensor, momentum: float) -> 
     >>> state.frequency.tolist()  # turned back twice; never
     [0.75, 0.0]
     """
-    change = position - state.position
-    change = torch.where(change.abs() > _SAME, change.sign(), torch.zeros_like(change)).to(torch.int8)
+    change = (position - state.position).sign().to(torch.int8)
     turned = (change != 0) & (change == -state.direction)
     return Oscillation(
         position,

@@ -8,6 +8,7 @@ from lq.quantizers.dsq import DSQQuantizer
 from lq.quantizers.learned_steps import LearnedStepsQuantizer
 from lq.quantizers.logarithmic import LogQuantizer
 from lq.quantizers.lsq import LSQQuantizer
+from lq.quantizers.minmax import MinMaxQuantizer, MovingRangeQuantizer
 from lq.quantizers.pact import PACTQuantizer, SAWBQuantizer
 from lq.quantizers.points import PointQuantizer
 from lq.quantizers.registry import REGISTRY, Method, find_method, method_names, register_quantizer
@@ -25,6 +26,8 @@ __all__ = [
     "LearnedStepsQuantizer",
     "LogQuantizer",
     "Method",
+    "MinMaxQuantizer",
+    "MovingRangeQuantizer",
     "PACTQuantizer",
     "PointQuantizer",
     "Quantizer",

@@ -65,7 +65,7 @@ class Quantizer(nn.Module):
         Returns:
             Quantized values, shape and dtype of ``x``.
         """
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad)
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if not self.training and not learns:
             return self.hard(x)
         view, scale = self._prepare(x)
@@ -112,6 +112,28 @@ class Quantizer(nn.Module):
         """
         view, scale = self._prepare(codes)
         return self._restore(self._decode(view, positive(scale)), codes.shape)
+
+    def rank(self, codes: Tensor) -> Tensor:
+        """Codes in the order of their levels: neighbours differ by 1.
+
+        Args:
+            codes: from `encode`.
+
+        Returns:
+            Ranks, int16, shape of the codes.
+        """
+        return codes.to(torch.int16)
+
+    def unrank(self, ranks: Tensor) -> Tensor:
+        """Inverse of `rank`.
+
+        Args:
+            ranks: whole numbers.
+
+        Returns:
+            Codes, int16, for `decode`.
+        """
+        return ranks.to(torch.int16)
 
     def level_values(self) -> Tensor:
         """All levels, ascending.

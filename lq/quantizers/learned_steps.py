@@ -9,6 +9,7 @@ from lq.functional.layout import damped
 from lq.functional.learned_steps import learned_step_points, learned_step_quantize
 from lq.functional.levels import CodeRange
 from lq.functional.scale import initial_scale
+from lq.functional.soft_points import PointSet
 from lq.quantizers.points import PointQuantizer
 
 __all__ = ["InputLearnedStepsQuantizer", "LearnedStepsQuantizer"]
@@ -38,6 +39,7 @@ class LearnedStepsQuantizer(PointQuantizer):
         self.steps = nn.Parameter(torch.ones(2**bits - 1))
         self.scale.requires_grad_(False)
         self._follow()
+        self.register_state_dict_pre_hook(_follow_first)
 
     @property
     def shiftable(self) -> bool:
@@ -60,9 +62,9 @@ class LearnedStepsQuantizer(PointQuantizer):
         Returns:
             Levels.
         """
-        self._follow()
         column = scale.reshape(-1, 1)
-        return learned_step_quantize(x / column, damped(self.steps, gradient_scale).to(x.dtype), self.below) * column
+        steps = damped(self.steps, gradient_scale / self.layout.scales**0.5)  # all rows share them
+        return learned_step_quantize(x / column, steps.to(x.dtype), self.below) * column
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -75,9 +77,15 @@ class LearnedStepsQuantizer(PointQuantizer):
     def _straight_through(self, view: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
         return self.fake_quantize(view, scale, gradient_scale)
 
-    def _nearest(self, view: Tensor, scale: Tensor) -> Tensor:
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._follow()  # an optimizer may have moved the steps since
+        return super()._prepare(x)
+
+    @property
+    def point_set(self) -> PointSet:
+        """The points and how their codes are made."""
         self._follow()
-        return super()._nearest(view, scale)
+        return super().point_set
 
     def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
         codes = CodeRange(-self.below, len(self.steps) - self.below, 0.0)
@@ -86,6 +94,11 @@ class LearnedStepsQuantizer(PointQuantizer):
         self.steps.copy_(size.expand(self.steps.shape))
         self.scale.copy_(each / size)
         self._follow()
+
+
+def _follow_first(quantizer: nn.Module, *_: Any) -> None:
+    assert isinstance(quantizer, LearnedStepsQuantizer)
+    quantizer._follow()
 
 
 class InputLearnedStepsQuantizer(LearnedStepsQuantizer):

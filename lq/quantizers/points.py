@@ -86,6 +86,42 @@ class PointQuantizer(SoftQuantizer):
         values = positive(self.scale.detach()).reshape(-1, 1) * self.point_set.levels
         return values[0] if self.scale.numel() == 1 else values
 
+    def rank(self, codes: Tensor) -> Tensor:
+        """Codes in the order of their levels: of magnitudes, negative ones count downwards.
+
+        Args:
+            codes: from `encode`.
+
+        Returns:
+            Ranks, int16, shape of the codes.
+        """
+        if self.signed:
+            return super().rank(codes)
+        half = 2 ** (self.codes.bits - 1)
+        rows = self.layout.rows(codes).to(torch.int16)
+        ranks = torch.where(rows >= half, half - 1 - rows + self._zero(), rows)
+        return self.layout.unrows(ranks, codes.shape)
+
+    def unrank(self, ranks: Tensor) -> Tensor:
+        """Inverse of `rank`.
+
+        Args:
+            ranks: whole numbers.
+
+        Returns:
+            Codes, int16, for `decode`.
+        """
+        if self.signed:
+            return super().unrank(ranks)
+        half = 2 ** (self.codes.bits - 1)
+        rows = self.layout.rows(ranks).to(torch.int16)
+        codes = torch.where(rows < 0, half - 1 - rows + self._zero(), rows)
+        return self.layout.unrows(codes, ranks.shape)
+
+    def _zero(self) -> Tensor:
+        """1 for rows whose smallest magnitude is zero, which has one code, else 0."""
+        return (self.points[..., :1] == 0).to(torch.int16).reshape(-1, 1)
+
     def set_points_(self, points: Tensor, scale: Tensor) -> None:
         """Take over points and scales found elsewhere.
 

@@ -12,6 +12,7 @@ from lq.quantizers.dsq import DSQQuantizer
 from lq.quantizers.learned_steps import InputLearnedStepsQuantizer, LearnedStepsQuantizer
 from lq.quantizers.logarithmic import LogQuantizer
 from lq.quantizers.lsq import LSQQuantizer
+from lq.quantizers.minmax import MinMaxQuantizer, MovingRangeQuantizer
 from lq.quantizers.pact import PACTQuantizer, SAWBQuantizer
 from lq.quantizers.soft import SoftQuantizer
 from lq.quantizers.subset import CodebookQuantizer, InputSubsetQuantizer, SubsetQuantizer
@@ -120,6 +121,13 @@ REGISTRY: dict[str, Method] = {
         "staircase onto free levels",
         learned="scales; levels by weighted k-means",
         source="Choi et al., ICLR 2017",
+    ),
+    "minmax": Method(
+        _uniform(MinMaxQuantizer),
+        _uniform(MovingRangeQuantizer),
+        "ranges from the largest weight, and a moving average of the largest activation",
+        learned="nothing",
+        source="Jacob et al., CVPR 2018",
     ),
     "pact": Method(
         _uniform(SAWBQuantizer),

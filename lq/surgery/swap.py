@@ -108,6 +108,11 @@ def _quantize_layer(
     module.layer_spec = spec  # type: ignore[assignment]
     if tied is None or quantizer is not tied[1]:
         weight = module.float_weight()
+        if calibrate is None and spec.normalize and not bool(weight.any()):
+            raise ValueError(
+                f"normalize must be False for constant weights, layer {path!r} has such: give it "
+                f'overrides={{"{path}": {{"normalize": False}}}}'
+            )
         if calibrate is None:
             quantizer.calibrate_(weight, spec.scale_init)
         else:

@@ -3,10 +3,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from lq.callbacks import HoldAtAlignment, HoldAtStep, HoldOnPlateau
+from lq.group_rules import decay_rules
 from lq.nn import named_quantized_layers
 from tests.helpers.modules import TRAINER, Manual, Plain, fit, loader, mlp
 
@@ -242,3 +244,33 @@ def test_manual_optimization_without_a_forward_asks_for_one():
     module = ManualWithoutForward()
     fit(module, [lq.LearnedQuantization(calibration_forward=lambda m, batch: m.net(batch[0]))])
     assert module.net[0].input_quantizer.is_calibrated
+
+
+class HeadFirst(Plain):
+    """Its head is registered before its body, and nothing says so before the first batch."""
+
+    def __init__(self):
+        net = nn.ModuleDict({"head": nn.Linear(8, 4), "a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+        super().__init__(net)
+
+    def forward(self, x):
+        return self.net["head"](self.net["c"](self.net["b"](self.net["a"](x).relu()).relu()).relu())
+
+
+def test_what_ends_learn_must_be_in_the_optimizer():
+    fit(HeadFirst(), [lq.LearnedQuantization(quantizer="lsq", regularizer=None)])
+    with pytest.raises(
+        ValueError, match=r"example_input_array must be set for quantizer='nulsq': .* 'net.a' and 'net.h"
+    ):
+        fit(HeadFirst(), [lq.LearnedQuantization(quantizer="nulsq", regularizer=None)])
+
+
+def test_parametrized_weights_of_few_bits_decay_less_too():
+    layers = [nn.Linear(4, 4) for _ in range(4)]
+    parametrizations.weight_norm(layers[2])
+    model = nn.Sequential(*layers)
+    lq.quantize_model(model, lq.QuantSpec(bits=2))
+    (rule,) = decay_rules(layer for layer in model)
+    own = {id(p) for p in model[2].parametrizations.weight.parameters() if p.dim() > 1}
+    assert own
+    assert {id(p) for p in rule.parameters} == {id(model[1].weight)} | own

@@ -67,6 +67,12 @@ def test_a_trial_never_reads_the_test_set(tmp_path):
     assert found["held_out_accuracy"] == pytest.approx(run.data.metrics["val/acc"])
 
 
+def test_a_trial_needs_to_know_how_good_its_network_is(tmp_path):
+    done = lq("train", *QUICK, "test=false", "callbacks.checkpoint.monitor=val/loss", "output_dir=out", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "test must be true where the best epoch is chosen by 'val/loss', got false" in done.stderr
+
+
 @pytest.mark.parametrize("select", ["best", "last"])
 def test_the_float_network_is_fine_tuned_for_comparison(tmp_path, select):
     done = lq("train", "quantizer=none", *QUICK, f"select={select}", "output_dir=out", cwd=tmp_path)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lq.functional.layout import ScaleLayout
 from lq.functional.learned_steps import learned_step_points, learned_step_quantize
 from lq.functional.levels import CodeRange
 from lq.functional.standardize import standardize
@@ -120,3 +121,38 @@ def test_normalization_of_a_constant_weight_is_zero_and_its_gradient_is_right():
     assert not standardize(torch.full((4,), 3.0), torch.ones(1)).any()
     weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: standardize(w, torch.tensor([0.7], dtype=torch.float64)), (weight,))
+
+
+def test_a_constant_weight_of_half_precision_is_zero():
+    for dtype in (torch.float16, torch.bfloat16):
+        assert not standardize(torch.full((4,), 0.5, dtype=dtype), torch.ones(1)).any()
+
+
+def test_steps_that_have_moved_since_are_seen_everywhere():
+    weight = torch.randn(200)
+    quantizer = LearnedStepsQuantizer(3)
+    quantizer.calibrate_(weight)
+    with torch.no_grad():
+        quantizer.steps.mul_(torch.linspace(0.5, 2, 7))  # as an optimizer does, and nothing runs afterwards
+    expected = learned_step_points(quantizer.steps.detach(), quantizer.below)
+    torch.testing.assert_close(quantizer.state_dict()["points"], expected)
+    quantizer.points.zero_()
+    torch.testing.assert_close(quantizer.level_values(), expected)
+    quantizer.points.zero_()
+    assert torch.equal(quantizer.decode(quantizer.encode(weight)), quantizer.hard(weight))
+
+
+def test_steps_shared_by_channels_are_damped_by_all_their_weights():
+    weight, gradients = torch.randn(16, 30), []
+    for layout in (ScaleLayout(), ScaleLayout.per_channel(weight.shape)):
+        quantizer = LearnedStepsQuantizer(3, layout=layout, count=weight.numel() // layout.scales)
+        quantizer.set_points_(quantizer.points, torch.ones(layout.scales))
+        quantizer.train()(weight).sum().backward()
+        gradients.append(quantizer.steps.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_steps_learn_in_evaluation_mode_too():
+    quantizer = LearnedStepsQuantizer(3).eval()
+    quantizer(torch.randn(50)).sum().backward()
+    assert quantizer.steps.grad is not None

@@ -60,12 +60,33 @@ def test_a_method_goes_the_whole_way(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", REGISTRY)
+def test_what_is_stored_right_after_a_step_is_that_network(tmp_path, method):
+    torch.manual_seed(0)
+    network = small_cnn()
+    lq.quantize_model(network, lq.QuantSpec(bits=3, quantizer=method, normalize=method == "apot"))
+    x = torch.randn(8, *SHAPE)
+    lq.calibrate(network, [x])
+    network.train()(x).square().sum().backward()
+    torch.optim.SGD(network.parameters(), lr=0.01).step()
+    path = lq.save(network, tmp_path / "net.lq.safetensors", architecture=SMALL)
+    assert torch.equal(lq.load(path, allow=[SMALL["import_path"]])(x), network.eval()(x))
+
+
+def test_a_constant_weight_cannot_be_normalized():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.init.zeros_(model[1].weight)
+    with pytest.raises(ValueError, match=r"normalize must be False for constant weights, layer '1' has such: give it"):
+        lq.quantize_model(model, lq.QuantSpec(normalize=True))
+
+
+@pytest.mark.parametrize("method", REGISTRY)
 def test_ends_that_are_found_late_learn_what_their_method_learns(method):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     lq.quantize_model(model, lq.QuantSpec(bits=3, quantizer=method))
     lq.calibrate(model, [torch.randn(16, 8)])
     for layer in named_quantized_layers(model).values():
-        fixed = layer.layer_spec.quantizer in ("pact", "log2", "dlq", "nulsq")
+        fixed = layer.layer_spec.quantizer in ("minmax", "pact", "log2", "dlq", "nulsq")
         assert layer.weight_quantizer.scale.requires_grad != fixed
         inputs = layer.input_quantizer.quantizer
-        assert (inputs.steps if layer.layer_spec.quantizer == "nulsq" else inputs.scale).requires_grad
+        learned = inputs.steps if layer.layer_spec.quantizer == "nulsq" else inputs.scale
+        assert learned.requires_grad != (layer.layer_spec.quantizer == "minmax")

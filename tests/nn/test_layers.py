@@ -121,7 +121,9 @@ def test_a_normalized_weight_is_quantized_after_everything_else(case):
     assert torch.equal(y, expected(layer, float_layer, x))
     assert torch.equal(copy.deepcopy(layer)(x), y)
     layer.train()(x).square().sum().backward()
-    assert all(bool(p.grad.any()) for p in layer.parameters() if p.grad is not None)
+    weights = {n: p for n, p in layer.named_parameters() if n == "weight" or n.startswith("parametrizations")}
+    assert weights
+    assert all(p.grad is not None and bool(p.grad.any()) for p in weights.values())
     layer.normalize_(False)
     torch.testing.assert_close(layer.float_weight(), float_weight)
 

@@ -55,6 +55,8 @@ SPECS = {
     "codebook-4": LayerSpec(quantizer="codebook"),
     "codebook-channel": LayerSpec(quantizer="codebook", bits=2, granularity="channel", points_per="channel"),
     "codebook-shared": LayerSpec(quantizer="codebook", bits=3, granularity="channel", signed_points=True),
+    "minmax-8": LayerSpec(quantizer="minmax", bits=8),
+    "minmax-channel": LayerSpec(quantizer="minmax", bits=3, granularity="channel"),
     "pact-2": LayerSpec(quantizer="pact", bits=2),
     "pact-mid-rise": LayerSpec(quantizer="pact", bits=3, grid="mid_rise", granularity="channel"),
     "dsq-2": LayerSpec(quantizer="dsq", bits=2),
