@@ -1,6 +1,5 @@
 import copy
 import itertools
-import json
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from lq.functional.allocation import choose_within_budget
 from lq.functional.distillation import distillation_loss
 from lq.network import network_size
 from lq.nn import named_quantized_layers
-from tests.helpers.commands import QUICK
-from tests.helpers.commands import lq as command
 
 
 @settings(max_examples=200, deadline=None)
@@ -148,27 +145,3 @@ def test_widths_that_a_method_lacks_are_named(network):
     model, batches = network
     with pytest.raises(ValueError, match="widths must be such that the spec allows, got 6: candidates must be"):
         lq.allocate_bits(model, batches, lq.QuantSpec(quantizer="subset"), average_bits=4, progress=False)
-
-
-def test_a_recipe_trains_and_resumes_mixed_widths(tmp_path):
-    overrides = "quantizer.overrides={model.layer1.*: {granularity: channel}}"
-    given = ["average_bits=3.5", "widths=[2,3,4,8]", overrides, *QUICK, "trainer.max_epochs=2"]
-    done = command("train", *given, "output_dir=out", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "bits per weight" in done.stdout
-    size = json.loads((tmp_path / "out" / "outcome.json").read_text())["size"]
-    assert 3.2 < 8 * size["packed_bytes"] / size["weights"] < 3.6
-    again = command("train", *given, "output_dir=two", "ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert json.loads((tmp_path / "two" / "outcome.json").read_text())["size"] == size
-    resumed = [*given, "output_dir=three", "ckpt_path=out/checkpoints/last.ckpt"]
-    other = command("train", *resumed, "quantizer.grid=mid_rise", cwd=tmp_path)
-    assert other.returncode != 0
-    assert "they differ in grid" in other.stderr
-
-
-def test_a_float_run_has_no_widths_and_no_packed_model(tmp_path):
-    for field in ("average_bits=3", "registered_model=x"):
-        done = command("train", "quantizer=none", field, *QUICK, "output_dir=out", cwd=tmp_path)
-        assert done.returncode != 0
-        assert f"{field.split('=')[0]} must be None for a float network" in done.stderr

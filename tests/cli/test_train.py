@@ -21,7 +21,6 @@ import lq as package
 from lq.classifier import Classifier
 from lq.data import DigitsData
 from lq.exporting import read_header
-from lq.models import create_model
 from lq.nn import named_quantized_layers
 from tests.helpers.commands import QUICK, lq, tracked_run
 
@@ -54,38 +53,6 @@ def test_the_figures_are_there_for_programs(finished):
     assert f"{found['held_out_accuracy']:.2%}" in out
     assert found["size"]["packed_bytes"] == 37680
     assert found["network"] == "out/network.lq.safetensors"
-
-
-def test_a_trial_never_reads_the_test_set(tmp_path):
-    done = lq("train", *QUICK, "test=false", "output_dir=out", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, run = tracked_run(tmp_path, "digits")
-    assert not {name for name in run.data.metrics if "test" in name}
-    found = json.loads((tmp_path / "out" / "outcome.json").read_text())
-    assert found["accuracy"] is None
-    assert found["float_accuracy"] is None
-    assert found["held_out_accuracy"] == pytest.approx(run.data.metrics["val/acc"])
-
-
-def test_a_trial_needs_to_know_how_good_its_network_is(tmp_path):
-    done = lq("train", *QUICK, "test=false", "callbacks.checkpoint.monitor=val/loss", "output_dir=out", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "test must be true where the best epoch is chosen by 'val/loss', got false" in done.stderr
-
-
-@pytest.mark.parametrize("select", ["best", "last"])
-def test_the_float_network_is_fine_tuned_for_comparison(tmp_path, select):
-    done = lq("train", "quantizer=none", *QUICK, f"select={select}", "output_dir=out", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Float fine-tuning" in done.stdout
-    _, run = tracked_run(tmp_path, "digits")
-    assert run.info.run_name == "cifar_resnet8 float"
-    assert not {name for name in run.data.metrics if name.startswith("lq/")}
-    model = create_model("cifar_resnet8", in_chans=1, checkpoint=str(tmp_path / "out" / "network.safetensors")).eval()
-    data = DigitsData()
-    data.setup("fit")
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in data.test_dataloader())
-    assert run.data.metrics["test/acc"] == pytest.approx(right / len(data.test))
 
 
 def test_the_run_is_tracked_beside_the_work(finished):
