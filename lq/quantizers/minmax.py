@@ -2,19 +2,16 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lq.distributed import mean_
-from lq.functional.hard import lsq_quantize
-from lq.functional.layout import positive
 from lq.functional.levels import CodeRange
-from lq.quantizers.base import Quantizer
+from lq.quantizers.computed_scale import ComputedScaleQuantizer
 
 __all__ = ["MinMaxQuantizer", "MovingRangeQuantizer"]
 
 
-class MinMaxQuantizer(Quantizer):
+class MinMaxQuantizer(ComputedScaleQuantizer):
     """Scale by which the largest weight is the largest level, at every step of training::
 
         s = max |w| / Q,        y = s * round(w / s)        dy/dw = 1
@@ -28,47 +25,22 @@ class MinMaxQuantizer(Quantizer):
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
         CVPR 2018, section 3; per tensor there. Batch norms are not folded in training here, but when exported.
 
+    >>> import torch
     >>> quantizer = MinMaxQuantizer(CodeRange(-1, 1, 0.0))
     >>> quantizer(torch.tensor([-2.0, 0.9, 1.1])).tolist()
     [-2.0, 0.0, 2.0]
     """
 
-    def __init__(self, codes: CodeRange, **common: Any) -> None:
-        """Nothing is learned."""
-        super().__init__(codes, **common)
-        self.scale.requires_grad_(False)
-
-    def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
-        """Nearest levels at the scale that the values themselves give.
+    def compute_scale(self, rows: Tensor) -> Tensor:
+        """Scale by which the largest value is the largest level.
 
         Args:
-            x: values in the layout's view.
-            scale: of the step before.
-            gradient_scale: has no meaning here.
+            rows: shape ``(C, N)``.
 
         Returns:
-            Levels.
+            Scales, shape ``(C,)``.
         """
-        if self.training:
-            with torch.no_grad():
-                self._follow(self.layout.rows(x.detach()))
-            scale = self.layout.broadcast(self.scale.to(x.dtype))
-        return lsq_quantize(x, scale, **self.codes._asdict())
-
-    def _follow(self, rows: Tensor) -> None:
-        self.scale.copy_(positive(rows.abs().amax(1) / self.codes.largest))
-
-    @torch.no_grad()
-    def calibrate_(self, x: Tensor, method: str = "mse", *, importance: Tensor | None = None, power: int = 2) -> None:
-        """Set the scale from the largest values, in place.
-
-        Args:
-            x: the values.
-            method: has no meaning here, nor have the others.
-            importance: as method.
-            power: as method.
-        """
-        super().calibrate_(x, "max")
+        return rows.abs().amax(1) / self.codes.largest
 
 
 class MovingRangeQuantizer(MinMaxQuantizer):
@@ -85,6 +57,7 @@ class MovingRangeQuantizer(MinMaxQuantizer):
 
     Source: Jacob et al., CVPR 2018, section 3.1; ranges symmetric about zero or from zero up.
 
+    >>> import torch
     >>> quantizer = MovingRangeQuantizer(CodeRange(0, 3, 0.0), momentum=0.5)
     >>> y = quantizer(torch.tensor([0.0, 9.0]))
     >>> quantizer.scale.tolist()  # from 1 half of the way to 9/3
@@ -96,7 +69,16 @@ class MovingRangeQuantizer(MinMaxQuantizer):
         super().__init__(codes, **common)
         self.momentum = momentum
 
-    def _follow(self, rows: Tensor) -> None:
-        largest = rows.amax(1) if self.codes.lo == 0 else rows.abs().amax(1)
-        target = largest.clamp_min(0) / self.codes.largest
-        self.scale.lerp_(mean_(target.to(self.scale)), 1 - self.momentum)
+    def compute_scale(self, rows: Tensor) -> Tensor:
+        """The same, without values that an unsigned range cannot hold.
+
+        Args:
+            rows: shape ``(C, N)``.
+
+        Returns:
+            Scales, shape ``(C,)``.
+        """
+        return super().compute_scale(rows if self.codes.lo else rows.clamp_min(0))
+
+    def _follow(self, computed: Tensor) -> None:
+        self.scale.lerp_(mean_(computed), 1 - self.momentum)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lq.functional.clipping import pact_quantize, sawb_scale
 from lq.functional.hard import hard_quantize
-from lq.functional.layout import positive
 from lq.functional.levels import CodeRange
 from lq.quantizers.base import Quantizer
+from lq.quantizers.computed_scale import ComputedScaleQuantizer
 
 __all__ = ["PACTQuantizer", "SAWBQuantizer"]
 
@@ -39,7 +39,7 @@ class PACTQuantizer(Quantizer):
         return pact_quantize(x, scale, **self.codes._asdict())
 
 
-class SAWBQuantizer(Quantizer):
+class SAWBQuantizer(ComputedScaleQuantizer):
     """Scale computed from the weights at every step of training; see `lq.functional.sawb_scale`.
 
     Evaluation takes the scale of the last step. Gradients pass straight through everywhere.
@@ -56,37 +56,20 @@ class SAWBQuantizer(Quantizer):
     """
 
     def __init__(self, codes: CodeRange, **common: Any) -> None:
-        """Nothing is learned."""
+        """See that the number of levels has coefficients."""
         super().__init__(codes, **common)
-        self.scale.requires_grad_(False)
         sawb_scale(torch.ones(1, 1), codes)  # complains early
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
-        """Nearest levels at the scale that the weights themselves give.
+    def compute_scale(self, rows: Tensor) -> Tensor:
+        """Scale from the moments of the weights.
 
         Args:
-            x: weights in the layout's view.
-            scale: of the step before.
-            gradient_scale: has no meaning here.
+            rows: shape ``(C, N)``.
 
         Returns:
-            Levels.
+            Scales, shape ``(C,)``.
         """
-        with torch.no_grad():
-            if self.training:
-                self.scale.copy_(sawb_scale(self.layout.rows(x.detach()), self.codes).to(self.scale))
-                scale = self.layout.broadcast(self.scale.to(x.dtype))
-            hard = hard_quantize(x, positive(scale), **self.codes._asdict())
-        return x + (hard - x).detach()
+        return sawb_scale(rows, self.codes)
 
-    @torch.no_grad()
-    def calibrate_(self, x: Tensor, method: str = "mse", *, importance: Tensor | None = None, power: int = 2) -> None:
-        """Set the scale from the weights, in place.
-
-        Args:
-            x: the weights.
-            method: has no meaning here, nor have the others.
-            importance: as method.
-            power: as method.
-        """
-        self.scale.copy_(sawb_scale(self.layout.rows(x.detach()).to(self.scale), self.codes))
+    def _rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x + (hard_quantize(x, scale, **self.codes._asdict()) - x).detach()

@@ -61,13 +61,9 @@ def _uniform(kind: type[Quantizer]) -> Callable[..., Quantizer]:
     return lambda spec, codes, **common: kind(codes, **common)
 
 
-def _by_bits(kind: type[Quantizer]) -> Callable[..., Quantizer]:
+def _by_bits(kind: Callable[..., Quantizer], **fixed: Any) -> Callable[..., Quantizer]:
     """Of methods that need nothing of the spec but the width."""
-    return lambda spec, codes, **common: kind(spec.bits, **common)
-
-
-def _logarithmic(span: float | None) -> Callable[..., Quantizer]:
-    return lambda spec, codes, **common: LogQuantizer(spec.bits, span=span, **common)
+    return lambda spec, codes, **common: kind(spec.bits, **fixed, **common)
 
 
 def _staircase(spec: LayerSpec, hard: bool) -> dict[str, Any]:
@@ -158,14 +154,14 @@ REGISTRY: dict[str, Method] = {
         source="Gongyo et al., ACCV 2024",
     ),
     "log2": Method(
-        _logarithmic(None),
+        _by_bits(LogQuantizer),
         _uniform(LSQQuantizer),
         "powers of two, rounded in the logarithmic domain",
         learned="scales of activations (lsq)",
         source="Miyashita et al., 2016",
     ),
     "dlq": Method(
-        _logarithmic(7.0),
+        _by_bits(LogQuantizer, span=7.0),
         _uniform(LSQQuantizer),
         "fractional exponents from -7 to 0",
         learned="scales of activations (lsq)",
