@@ -14,7 +14,7 @@ from lq.functional.allocation import choose_within_budget
 from lq.functional.distillation import distillation_loss
 from lq.nn import weight_key
 from lq.spec import QuantSpec, matches
-from lq.surgery import Plan, execution_order, make_plan, quantize_model
+from lq.surgery import Plan, PlannedLayer, execution_order, make_plan, quantize_model
 from lq.text import format_table
 
 __all__ = ["WIDTHS", "BitAllocation", "allocate_bits"]
@@ -109,9 +109,9 @@ def allocate_bits(
     model = copy.deepcopy(model).eval()
     plan = make_plan(model, spec, execution_order(model, lambda: run(model, batches[0])))
     groups = _groups(plan)
-    pinned = {path for path in groups if _pinned(plan, spec, path)}
+    pinned = {path for path, twins in groups.items() if _pinned(twins, spec)}
     free = [path for path in groups if path not in pinned]
-    counts = {path: _weight(plan, path).numel() for path in groups}
+    counts = {path: _weights(twins[0]) for path, twins in groups.items()}
     fixed = {path: plan.specs[path].weight_codes.bits for path in pinned}
     budget = int(average_bits * sum(counts.values())) - sum(counts[path] * bits for path, bits in fixed.items())
     _check_budget(average_bits, budget, counts, free, min(widths))
@@ -119,12 +119,14 @@ def allocate_bits(
     losses: dict[str, dict[int, float]] = {path: {} for path in free}
     for path in tqdm(free, desc="measuring layers", unit="layer", disable=not progress):
         for width in widths:
-            alone = replace(spec, bits=width, levels=None, first_last_bits=None, include=groups[path], exclude=None)
+            alone = replace(
+                spec, bits=width, levels=None, first_last_bits=None, include=_paths(groups[path]), exclude=None
+            )
             losses[path][width] = _divergence(model, alone, batches, targets, run)
     sizes = torch.tensor([[counts[path] * width for width in widths] for path in free])
     table = torch.tensor([list(losses[path].values()) for path in free])
     chosen = {p: widths[i] for p, i in zip(free, choose_within_budget(table, sizes, budget), strict=True)}
-    found = _with_widths(spec, plan, {twin: bits for path, bits in chosen.items() for twin in groups[path]})
+    found = _with_widths(spec, plan, {twin: bits for path, bits in chosen.items() for twin in _paths(groups[path])})
     return BitAllocation(found, {path: (chosen | fixed)[path] for path in groups}, counts, losses)
 
 
@@ -139,33 +141,31 @@ def _with_widths(spec: QuantSpec, plan: Plan, chosen: dict[str, int]) -> QuantSp
     return replace(common, overrides={path: changes for path, changes in overrides.items() if changes})
 
 
-def _groups(plan: Plan) -> dict[str, list[str]]:
-    """Paths of layers with one weight, by the first of them."""
-    by_weight: dict[int, list[str]] = {}
+def _groups(plan: Plan) -> dict[str, list[PlannedLayer]]:
+    """Layers with one weight, by the path of the first of them."""
+    by_weight: dict[int, list[PlannedLayer]] = {}
     for planned in plan.layers:
         if planned.spec is not None:
-            by_weight.setdefault(weight_key(planned.found.module), []).append(planned.found.path)
-    return {paths[0]: paths for paths in by_weight.values()}
+            by_weight.setdefault(weight_key(planned.found.module), []).append(planned)
+    return {twins[0].found.path: twins for twins in by_weight.values()}
 
 
-def _pinned(plan: Plan, spec: QuantSpec, path: str) -> bool:
+def _paths(twins: list[PlannedLayer]) -> list[str]:
+    return [twin.found.path for twin in twins]
+
+
+def _pinned(twins: list[PlannedLayer], spec: QuantSpec) -> bool:
     """Whether a layer, or a tied twin, has a width of its own."""
-    key = weight_key(_module(plan, path))
-    twins = [p for p in plan.layers if p.spec is not None and weight_key(p.found.module) == key]
     if spec.first_last_bits is not None and any("block" in twin.reason for twin in twins):
         return True
     given = [glob for glob, changes in spec.overrides.items() if {"bits", "levels"} & changes.keys()]
     return any(matches(glob, twin.found.path, twin.found.class_names) for glob in given for twin in twins)
 
 
-def _module(plan: Plan, path: str) -> nn.Module:
-    return next(p.found.module for p in plan.layers if p.found.path == path)
-
-
-def _weight(plan: Plan, path: str) -> Tensor:
-    weight = _module(plan, path).weight
+def _weights(planned: PlannedLayer) -> int:
+    weight = planned.found.module.weight
     assert isinstance(weight, Tensor)
-    return weight
+    return weight.numel()
 
 
 def _check_budget(average_bits: float, budget: int, counts: dict[str, int], free: list[str], least: int) -> None:

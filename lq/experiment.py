@@ -174,7 +174,7 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
     if settings.ckpt_path is None:
         float_accuracy = _float_stage(settings, classifier)
     if quantization is not None and settings.average_bits is not None:
-        quantization = _mixed(settings, quantization, classifier)
+        quantization = _mixed(settings, quantization, classifier, settings.average_bits)
     seed_everything(settings.seed, workers=True, verbose=False)
     trainer = make_trainer(settings, [*([quantization] if quantization else []), *settings.callbacks])
     _say("Quantization-aware training" if quantization else "Float fine-tuning")
@@ -193,7 +193,9 @@ def _run(settings: Settings, classifier: Classifier) -> Outcome:
     return outcome
 
 
-def _mixed(settings: Settings, quantization: LearnedQuantization, classifier: Classifier) -> LearnedQuantization:
+def _mixed(
+    settings: Settings, quantization: LearnedQuantization, classifier: Classifier, average_bits: float
+) -> LearnedQuantization:
     """The callback with a width for every layer."""
     if settings.ckpt_path is not None:
         saved = checkpoint_spec(torch.load(settings.ckpt_path, map_location="cpu", weights_only=True))
@@ -206,7 +208,7 @@ def _mixed(settings: Settings, quantization: LearnedQuantization, classifier: Cl
         classifier,
         batches,
         quantization.spec,
-        average_bits=settings.average_bits or 0.0,
+        average_bits=average_bits,
         widths=settings.widths,
         forward=lambda module, batch: module(batch[0]),
     )

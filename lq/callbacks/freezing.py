@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lq.callbacks.steps import StepCounter
 from lq.functional.oscillation import Oscillation, start_oscillation, track_oscillation
 from lq.functional.schedule import ramp
 from lq.network import distinct_weights
@@ -16,7 +17,7 @@ from lq.tracking import metric
 __all__ = ["IterativeFreezing"]
 
 
-class IterativeFreezing(Callback):
+class IterativeFreezing(StepCounter):
     """Freezes a weight to its average level once it turns back more often than a threshold allows.
 
     The threshold falls along a cosine over the fit. Place it behind `LearnedQuantization`. Frozen weights follow their
@@ -50,8 +51,6 @@ class IterativeFreezing(Callback):
         self.thresholds, self.momentum = (threshold_start, threshold_end), momentum
         self.states: dict[str, Oscillation] = {}
         self._levels: dict[str, int] = {}
-        self.step = 0
-        self._stepped, self._total = False, 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew; a checkpoint's state is loaded after this."""
@@ -60,36 +59,24 @@ class IterativeFreezing(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers cannot be frozen."""
-        total = trainer.estimated_stepping_batches
-        if not total < float("inf"):
-            raise ValueError("IterativeFreezing needs a fit with an end, got none: set Trainer(max_epochs=...)")
-        self._total = max(1, int(total))
-        left = [path for path, layer in distinct_weights(pl_module) if _computes(layer)]
+        super().on_train_start(trainer, pl_module)
+        left = [path for path, layer in distinct_weights(pl_module) if not _can_freeze(layer)]
         if left:
             rank_zero_warn(f"layers that compute their weight cannot be frozen and are left alone: {left}")
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Weights are about to move."""
-        self._stepped = True
-
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Track, freeze, hold what is frozen."""
-        if not self._stepped:
-            return
-        self._stepped = False
-        self.step += 1
-        threshold = ramp(*self.thresholds, self._total, "cosine")(self.step)
-        frozen = total = 0
-        for path, layer in distinct_weights(pl_module):
-            if not _computes(layer):
-                self.states[path] = self._follow(path, layer, threshold)
-                frozen += int(self.states[path].frozen.sum())
-                total += _weight(layer).numel()
+    def after_step(self, pl_module: LightningModule) -> None:
+        """Track, freeze, hold what is frozen.
+
+        Args:
+            pl_module: the module that is trained.
+        """
+        threshold = ramp(*self.thresholds, self.total, "cosine")(self.step)
+        followed = [(path, layer) for path, layer in distinct_weights(pl_module) if _can_freeze(layer)]
+        for path, layer in followed:
+            self.states[path] = self._follow(path, layer, threshold)
+        frozen = sum((self.states[path].frozen.sum() for path, _ in followed), torch.zeros(()))
+        total = sum(_weight(layer).numel() for _, layer in followed)
         pl_module.log(metric("frozen_fraction"), frozen / max(1, total))
 
     def _follow(self, path: str, layer: QuantLayer, threshold: float) -> Oscillation:
@@ -127,9 +114,8 @@ class IterativeFreezing(Callback):
         self.states = {path: Oscillation(**parts) for path, parts in state_dict["layers"].items()}
 
 
-def _computes(layer: QuantLayer) -> bool:
-    own = layer.parameters(recurse=False)
-    return layer.weight_normalizer is not None or layer.transforms_weight or not any(p is layer.weight for p in own)
+def _can_freeze(layer: QuantLayer) -> bool:
+    return not layer.computes_weight and layer.weight_normalizer is None
 
 
 def _weight(layer: QuantLayer) -> Tensor:

@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 
 from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
+from lq.callbacks.steps import StepCounter
 from lq.network import quantizers, scale_parameters, set_slope
 from lq.nn import named_quantized_layers
 from lq.quantizers import SoftQuantizer
@@ -22,7 +23,7 @@ __all__ = ["ProgressiveBits"]
 _say = rank_zero_only(print)
 
 
-class ProgressiveBits(Callback):
+class ProgressiveBits(StepCounter):
     """Trains with more bits first: 8, then 4, then those of `LearnedQuantization`, in one fit.
 
     At each change levels are set anew, of weights from the weights and of inputs from training batches. Layers that end
@@ -64,8 +65,7 @@ class ProgressiveBits(Callback):
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}: try 4")
         self.bits, self.until = tuple(bits), until
         self.calibration_batches, self.calibration_forward = calibration_batches, calibration_forward
-        self.step, self.stage, self.last = 0, -1, dict[str, LayerSpec]()
-        self._total, self._stepped = 1, False
+        self.stage, self.last = -1, dict[str, LayerSpec]()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew; a checkpoint's state is loaded after this."""
@@ -74,34 +74,18 @@ class ProgressiveBits(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is an end, and no second network whose widths would stay behind."""
-        total = trainer.estimated_stepping_batches
-        if not total < float("inf"):
-            raise ValueError("ProgressiveBits needs a fit with an end, got none: set Trainer(max_epochs=...)")
+        super().on_train_start(trainer, pl_module)
         if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError("ProgressiveBits cannot change the widths of averaged weights: leave one of the two out")
-        self._total = max(1, int(total))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change the widths when a stage begins."""
         self.last = self.last or layer_specs(pl_module)
-        part = self.step / (self.until * self._total)
+        part = self.step / (self.until * self.total)
         stage = min(int(part * len(self.bits)), len(self.bits))
         if stage != self.stage:
             self.stage = stage
             self._change(trainer, pl_module)
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Weights are about to move."""
-        self._stepped = True
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count the step."""
-        self.step += self._stepped
-        self._stepped = False
 
     def _change(self, trainer: Trainer, pl_module: LightningModule) -> None:
         final = self.stage == len(self.bits)

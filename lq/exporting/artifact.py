@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lq.exporting.architecture import architecture_of, build, network_of
 from lq.exporting.files import ArtifactError, read_artifact, write_artifact
@@ -77,7 +76,7 @@ def save(
         "layers": layers,
         "caps": caps,
         "biases": biases,
-        "fixed": [path for path, layer in named_quantized_layers(network).items() if _computes_weight(layer)],
+        "fixed": [path for path, layer in named_quantized_layers(network).items() if layer.computes_weight],
         "input": dict(input or {}),
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
         "provenance": {**versions(), **(provenance or {})},
@@ -158,10 +157,6 @@ def versions() -> dict[str, str]:
     return {"lq": lq.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _computes_weight(layer: QuantLayer) -> bool:
-    return layer.transforms_weight or parametrize.is_parametrized(layer, "weight")
-
-
 def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of a network with packed codes for weights, and what every layer's codes mean."""
     tensors, specs = dict(network.state_dict()), layer_specs(network)
@@ -174,7 +169,7 @@ def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors.pop(key_of(path, name), None)
         weight, quantizer = layer.float_weight(), layer.weight_quantizer
         layers[path] = {"shape": list(weight.shape), "spec": _changed(replace(specs[path], normalize=False))}
-        owner = path if _computes_weight(layer) else owners[weight_key(layer)]
+        owner = path if layer.computes_weight else owners[weight_key(layer)]
         if weight.dtype != torch.float32:
             layers[path]["dtype"] = str(weight.dtype).removeprefix("torch.")
         if owner != path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lq.functional.standardize import standardize
+from lq.nn.normalizer import WeightNormalizer
 from lq.nn.substitute import LAYER_TYPES, TRANSPOSED_TYPES, SubstituteWeight, probe_input
 from lq.quantizers import ActivationQuantizer, Quantizer
 
@@ -60,7 +60,7 @@ class QuantLayer(_Derived):
 
     weight_quantizer: Quantizer
     input_quantizer: ActivationQuantizer | None
-    weight_normalizer: "WeightNormalizer | None"
+    weight_normalizer: WeightNormalizer | None
     transforms_weight: bool
     layer_spec: object | None = None
 
@@ -83,6 +83,11 @@ class QuantLayer(_Derived):
         with SubstituteWeight(cast(Tensor, self.weight).shape, self._quantize):
             return self.float_class.forward(self, *args, **kwargs)
 
+    @property
+    def computes_weight(self) -> bool:
+        """Whether the float layer's own weight is no parameter but computed from one: standardized, parametrized."""
+        return self.transforms_weight or parametrize.is_parametrized(self, "weight")
+
     def float_weight(self) -> Tensor:
         """The weight as it arrives at the operator, before quantization, differentiable in the parameter.
 
@@ -90,7 +95,7 @@ class QuantLayer(_Derived):
             Shape of the layer's weight.
         """
         weight = operator_weight(self, self.float_class) if self.transforms_weight else cast(Tensor, self.weight)
-        return weight if self.weight_normalizer is None else self.weight_normalizer(weight)
+        return self._normalized(weight)
 
     @torch.no_grad()
     def normalize_(self, on: bool) -> None:
@@ -104,7 +109,10 @@ class QuantLayer(_Derived):
             self.weight_normalizer = WeightNormalizer(self.float_weight().std(correction=0))
 
     def _quantize(self, weight: Tensor) -> Tensor:
-        return self.weight_quantizer(weight if self.weight_normalizer is None else self.weight_normalizer(weight))
+        return self.weight_quantizer(self._normalized(weight))
+
+    def _normalized(self, weight: Tensor) -> Tensor:
+        return weight if self.weight_normalizer is None else self.weight_normalizer(weight)
 
     def quantized_weight(self) -> Tensor:
         """The hard quantized weight: what evaluation uses and what ships.
@@ -114,32 +122,6 @@ class QuantLayer(_Derived):
         """
         with torch.no_grad():
             return self.weight_quantizer.hard(self.float_weight())
-
-
-class WeightNormalizer(nn.Module):
-    """Gives a weight mean 0 and a fixed standard deviation; see `lq.functional.standardize.standardize`.
-
-    Args:
-        spread: the standard deviation, such as that of the float weight: it spares the layers behind a change of scale.
-    """
-
-    spread: Tensor
-
-    def __init__(self, spread: Tensor) -> None:
-        """Keep the spread."""
-        super().__init__()
-        self.register_buffer("spread", spread.detach().float().reshape(1))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Normalize.
-
-        Args:
-            weight: as it arrives at the operator.
-
-        Returns:
-            Shape and dtype of the weight.
-        """
-        return standardize(weight, self.spread)
 
 
 class FixedWeight(_Derived):
