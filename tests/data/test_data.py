@@ -130,7 +130,14 @@ def test_image_folder_bad_input(tmp_path, folder):
 
 
 def test_the_imagenet_recipe_runs_on_a_folder(folder, tmp_path):
-    small = ["model.name=resnet10t", "model.num_classes=2", "model.pretrained=false", "data.image_size=32", "data.held_out=8", "logger=csv"]
+    small = [
+        "model.name=resnet10t",
+        "model.num_classes=2",
+        "model.pretrained=false",
+        "data.image_size=32",
+        "data.held_out=8",
+        "logger=csv",
+    ]
     settings = ["data.batch_size=8", "data.num_workers=0", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
     quiet = ["trainer.enable_progress_bar=false", "output_dir=out"]
     done = lq("train", "recipes=imagenet_timm", f"data.root={folder}", *small, *settings, *quiet, cwd=tmp_path)

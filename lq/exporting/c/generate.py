@@ -20,6 +20,7 @@ from lq.exporting.c.sizes import (
     rounding_of,
     struct_of,
     taps_of,
+    taps_per_byte,
     text_of,
     type_of,
     work_bytes,
@@ -113,7 +114,8 @@ class _Writer:
         ]
         exponent = f"const int lq_exponent = {self.network.steps[-1].exponent};"
         prototypes = ["void lq_run(const lq_input *image, int32_t *logits);", "extern const int lq_exponent;", exponent]
-        parts = [*head, *prototypes, text_of("runtime.c"), *self.constants.texts, *run, text_of("main.c")]
+        runtime = [text_of(name) for name in ("runtime.c", "simd.c", "steps.c")]
+        parts = [*head, *prototypes, *runtime, *self.constants.texts, *run, text_of("main.c")]
         return CSource("\n".join(parts), self.constants.flash, ram, kind)
 
     def _buffers(self) -> dict[str, Buffer]:
@@ -230,7 +232,8 @@ class _Writer:
         _, out_height, out_width = self.shapes[step.node.name]
         table = plan.table.value.long()
         if plan.shift_add:
-            table = torch.cat([plan.table.sign[:, None].long(), plan.table.shifts], dim=1).reshape(-1)
+            shifts, negative = plan.table.shifts.long(), (plan.table.sign[:, None] < 0).long()
+            table = torch.where(shifts >= 0, 2 * shifts + negative, GROUPS).reshape(-1)
         fields = {
             "packed": self.constants.array("uint8_t", f"packed_{i}", pack(plan.codes, plan.bits)),
             "table": self.constants.array("int16_t", f"table_{i}", table),
@@ -254,6 +257,8 @@ class _Writer:
             "shifters": plan.table.words if plan.shift_add else 0,
             "narrow": int(is_narrow(plan)),
             "type": type_of(plan),
+            "negative": int(plan.takes.range[0] < 0),
+            "taps": taps_per_byte(plan),
         }
         assert depth * plan.conv["groups"] == channels
         return self.constants.struct("Layer", f"layer_{i}", fields)

@@ -27,6 +27,9 @@ int main(int argc, char **argv) {
     }
     fclose(file);
     fprintf(stderr, "flash %d bytes of constants, ram %d bytes", LQ_FLASH, LQ_RAM);
+#ifdef LQ_SIMD
+    fprintf(stderr, " and %d for SSE2", (int)(sizeof pairs + sizeof rows));
+#endif
     if (images) {
         const int64_t nanoseconds = (int64_t)spent * 1000000000 / CLOCKS_PER_SEC / (images * repeats);
         fprintf(stderr, ", %ld.%03ld us per image", (long)(nanoseconds / 1000), (long)(nanoseconds % 1000));

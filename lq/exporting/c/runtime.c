@@ -2,14 +2,14 @@
    plane of inputs to the sums, eight taps in one pass: multiplied, or, with shifters, all those of one place and sign
    together, which are shifted once. Right shifts of negative numbers are arithmetic, as gcc and clang define them. */
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #pragma GCC optimize("O3")
 #endif
 
 static uint32_t acc[LQ_ACC]; /* unsigned: what is never looked at may wrap around */
 static int32_t line[LQ_LINE]; /* a row of results */
-static int32_t offsets[LQ_TAPS];
-static int16_t factors[LQ_TAPS];        /* weights; with shifters what the table says of each code */
+static int32_t offsets[LQ_TAPS + 1];
+static int16_t factors[LQ_TAPS];        /* weights; with shifters where the table has each code */
 static int32_t starts[LQ_GROUPS + 1];   /* with shifters, where the taps of each group begin */
 
 /* LQ_BLOCK results at a time; those behind the last are computed from whatever lies there, and never looked at. */
@@ -76,45 +76,52 @@ static int code_at(const Layer *l, int32_t index) {
     return (int)((both >> (bit & 7)) & ((1u << l->bits) - 1u));
 }
 
-/* Offsets and weights of the taps of a channel that are not zero; the number of them. */
-static int decode(const Layer *l, int32_t first, int32_t channel) {
+/* Offset of each tap of a group of channels that begins with this one; the number of them. */
+static int places_of_taps(const Layer *l, int32_t channel) {
     const int32_t depth = l->inputs / l->groups, plane = l->in_height * l->in_width;
     int count = 0;
     for (int32_t c = 0; c < depth; c++)
         for (int32_t y = 0; y < l->kernel_y; y++) {
-            int32_t offset = (channel + c) * plane + y * l->dilation_y * l->in_width;
-            for (int32_t x = 0; x < l->kernel_x; x++, offset += l->dilation_x) {
-                offsets[count] = offset; /* written over by the next one where the weight is zero */
-                factors[count] = l->table[code_at(l, first++)];
-                count += factors[count] != 0;
-            }
+            const int32_t offset = (channel + c) * plane + y * l->dilation_y * l->in_width;
+            for (int32_t x = 0; x < l->kernel_x; x++) offsets[count++] = offset + x * l->dilation_x;
         }
     return count;
 }
 
-/* The same for shifters: taps sorted by place and sign. */
+/* Offsets and weights of the taps of a channel that are not zero; the number of them. */
+static int decode(const Layer *l, int32_t first, int32_t channel) {
+    const int taps = places_of_taps(l, channel);
+    int count = 0;
+    for (int i = 0; i < taps; i++) {
+        offsets[count] = offsets[i]; /* written over by the next one where the weight is zero */
+        factors[count] = l->table[code_at(l, first + i)];
+        count += factors[count] != 0;
+    }
+    return count;
+}
+
+/* The same for shifters: taps sorted by group, a place and a sign; what idle shifters would add lies behind them. */
 static void decode_shifts(const Layer *l, int32_t first, int32_t channel) {
     const int32_t depth = l->inputs / l->groups, plane = l->in_height * l->in_width;
     const int32_t size = depth * l->kernel_y * l->kernel_x;
-    int32_t at[LQ_GROUPS] = {0};
+    const int16_t *f = factors;
+    int32_t at[LQ_GROUPS + 1] = {0};
     for (int32_t i = 0; i < size; i++) {
-        const int16_t *entry = l->table + code_at(l, first + i) * (l->shifters + 1);
-        factors[i] = (int16_t)(entry - l->table);
-        for (int s = 1; s <= l->shifters; s++)
-            if (entry[s] >= 0) at[2 * entry[s] + (entry[0] < 0)]++;
+        factors[i] = (int16_t)(code_at(l, first + i) * l->shifters);
+        for (int s = 0; s < l->shifters; s++) at[l->table[factors[i] + s]]++;
     }
     starts[0] = 0;
     for (int g = 0; g < LQ_GROUPS; g++) {
         starts[g + 1] = starts[g] + at[g];
         at[g] = starts[g];
     }
-    for (int32_t i = 0; i < size; i++) {
-        const int16_t *entry = l->table + factors[i];
-        const int32_t x = i % l->kernel_x, y = i / l->kernel_x % l->kernel_y, c = i / l->kernel_x / l->kernel_y;
-        const int32_t offset = (channel + c) * plane + y * l->dilation_y * l->in_width + x * l->dilation_x;
-        for (int s = 1; s <= l->shifters; s++)
-            if (entry[s] >= 0) offsets[at[2 * entry[s] + (entry[0] < 0)]++] = offset;
-    }
+    at[LQ_GROUPS] = starts[LQ_GROUPS];
+    for (int32_t c = 0; c < depth; c++)
+        for (int32_t y = 0; y < l->kernel_y; y++) {
+            int32_t offset = (channel + c) * plane + y * l->dilation_y * l->in_width;
+            for (int32_t x = 0; x < l->kernel_x; x++, offset += l->dilation_x, f++)
+                for (int s = 0; s < l->shifters; s++) offsets[at[l->table[*f + s]]++] = offset;
+        }
 }
 
 static int32_t rounded(int32_t v, int places) {
@@ -163,73 +170,10 @@ static void put(const Out *out, int32_t c, int32_t y, int32_t *v, int32_t n) {
     }
 }
 
-static void run_layer(const Layer *l, const void *x, const Out *out) {
-    /* without strides a plane is one long row, with them every row of results is one pass that skips columns after */
-    const int strided = l->stride_y != 1 || l->stride_x != 1;
-    const int32_t rows = strided ? l->out_height : 1;
-    const int32_t n = (strided ? 0 : (l->out_height - 1) * l->in_width) + (l->out_width - 1) * l->stride_x + 1;
-    const int32_t depth = l->inputs / l->groups, size = depth * l->kernel_y * l->kernel_x;
-    for (int32_t c = 0; c < l->outputs; c++) {
-        const int64_t m = l->m[c], b = l->b[c];
-        const int places = l->n[c];
-        const int32_t channel = c / (l->outputs / l->groups) * depth;
-        int count = 0;
-        if (l->shifters) decode_shifts(l, c * size, channel);
-        else count = decode(l, c * size, channel);
-        for (int32_t r = 0; r < rows; r++) {
-            const int32_t start = r * l->stride_y * l->in_width;
-            memset(acc, 0, (size_t)n * sizeof *acc);
-            if (l->type == 0) planes_int8(l, (const int8_t *)x + start, acc, count, n);
-            else if (l->type == 1) planes_uint8(l, (const uint8_t *)x + start, acc, count, n);
-            else planes_int16(l, (const int16_t *)x + start, acc, count, n);
-            for (int32_t y = r; y < (strided ? r + 1 : l->out_height); y++) {
-                const uint32_t *sums = acc + (y - r) * l->in_width;
-                for (int32_t i = 0; i < l->out_width; i++)
-                    line[i] = (int32_t)(((int32_t)sums[i * l->stride_x] * m + b) >> places);
-                put(out, c, y, line, l->out_width);
-            }
-        }
-    }
+/* A row of results from its sums, every `step`-th of them. */
+static void finish(const Layer *l, int32_t c, int32_t y, const uint32_t *sums, int32_t step, const Out *out) {
+    const int64_t m = l->m[c], b = l->b[c];
+    const int places = l->n[c];
+    for (int32_t i = 0; i < l->out_width; i++) line[i] = (int32_t)(((int32_t)sums[i * step] * m + b) >> places);
+    put(out, c, y, line, l->out_width);
 }
-
-#ifdef LQ_COPY
-/* Copies with strides and zero channels before and after: slices, paddings, and plain steps such as a ReLU. */
-static void run_copy(const int32_t *x, const Out *out, const int32_t shape[3], const int32_t from[3], int32_t stride_y,
-                     int32_t stride_x, int32_t before) {
-    for (int32_t c = 0; c < shape[0]; c++)
-        for (int32_t y = 0; y < shape[1]; y++) {
-            const int32_t k = c - before, at = (k * from[1] + y * stride_y) * from[2];
-            for (int32_t i = 0; i < shape[2]; i++) line[i] = k < 0 || k >= from[0] ? 0 : x[at + i * stride_x];
-            put(out, c, y, line, shape[2]);
-        }
-}
-
-#endif
-
-#ifdef LQ_POOL
-typedef struct {
-    int32_t kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, m;
-    int64_t half;
-    uint8_t n, largest;
-} Pool;
-
-static void run_pool(const int32_t *x, const Out *out, const int32_t shape[3], const int32_t from[3], const Pool *p) {
-    for (int32_t c = 0; c < shape[0]; c++)
-        for (int32_t y = 0; y < shape[1]; y++) {
-            for (int32_t i = 0; i < shape[2]; i++) {
-                int64_t sum = 0;
-                int32_t most = -INT32_MAX;
-                for (int32_t ky = 0; ky < p->kernel_y; ky++)
-                    for (int32_t kx = 0; kx < p->kernel_x; kx++) {
-                        const int32_t r = y * p->stride_y - p->padding_y + ky, s = i * p->stride_x - p->padding_x + kx;
-                        if (r < 0 || s < 0 || r >= from[1] || s >= from[2]) continue;
-                        const int32_t v = x[(c * from[1] + r) * from[2] + s];
-                        sum += v;
-                        if (v > most) most = v;
-                    }
-                line[i] = p->largest ? most : (int32_t)((sum * p->m + p->half) >> p->n);
-            }
-            put(out, c, y, line, shape[2]);
-        }
-}
-#endif

@@ -19,6 +19,7 @@ __all__ = [
     "rounding_of",
     "struct_of",
     "taps_of",
+    "taps_per_byte",
     "text_of",
     "type_of",
     "work_bytes",
@@ -74,6 +75,13 @@ def is_narrow(plan: LayerPlan) -> bool:
     return 8 * max(abs(end) for end in plan.takes.range) * factor <= 32767
 
 
+def taps_per_byte(plan: LayerPlan) -> int:
+    """How many inputs 8 bits hold the sum of."""
+    low, high = plan.takes.range
+    most = 255 // max(high, 1) if low >= 0 else min(128 // -low, 127 // max(high, 1))
+    return min(max(most, 1), 255)
+
+
 def taps_of(plan: LayerPlan) -> int:
     """Most taps of one output channel."""
     return plan.codes[0].numel() * (plan.table.words if plan.shift_add else 1)
@@ -94,7 +102,7 @@ def accumulators_of(step: Step) -> int:
 
 def work_bytes(accumulators: int, line: int, taps: int) -> int:
     """RAM beside the buffers: sums, a row of results, taps with their factors, and where each group of them begins."""
-    return 4 * (accumulators + line) + (4 + 2) * taps + 4 * (GROUPS + 1)
+    return 4 * (accumulators + line) + (4 + 2) * taps + 4 + 4 * (GROUPS + 1)
 
 
 def rounding_of(by: Multiplier) -> dict[str, Any]:

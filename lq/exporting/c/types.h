@@ -24,11 +24,12 @@ typedef struct { /* what happens to a result before it is kept */
 
 typedef struct {
     const uint8_t *packed; /* weights, `bits` each, from the lowest bit upwards */
-    const int16_t *table;  /* integer of each code; or with shifters a sign and places, -1 for an idle shifter */
+    const int16_t *table;  /* integer of each code; or of each shifter a group, 2 * place + sign, LQ_GROUPS for an idle one */
     const int32_t *m;
     const int64_t *b;
     const uint8_t *n;      /* result = (sum * m + b) >> n, per output channel */
     int32_t inputs, outputs, groups, kernel_y, kernel_x, stride_y, stride_x, dilation_y, dilation_x;
     int32_t in_height, in_width, out_height, out_width;
     uint8_t bits, shifters, narrow, type;
+    uint8_t negative, taps; /* whether there are inputs below 0; how many of them fit into 8 bits when added */
 } Layer;
