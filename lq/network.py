@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lq.functional.packing import packed_bytes
 from lq.functional.statistics import LevelStatistics
 from lq.nn import QuantLayer, named_quantized_layers, weight_key
-from lq.quantizers import PointQuantizer, Quantizer
+from lq.quantizers import PointQuantizer, Quantizer, WeightNormalizer
 
 __all__ = [
     "NetworkSize",
@@ -35,7 +35,7 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
 
 
 def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The learned scales (and other parameters) of all quantizers, each once.
+    """The learned scales (and other parameters) of all quantizers and normalizers, each once.
 
     Args:
         model: a quantized model.
@@ -43,7 +43,8 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     Returns:
         The parameters.
     """
-    return list({id(p): p for quantizer in quantizers(model) for p in quantizer.parameters()}.values())
+    owners = [module for module in model.modules() if isinstance(module, Quantizer | WeightNormalizer)]
+    return list({id(p): p for owner in owners for p in owner.parameters()}.values())
 
 
 def set_slope(model: nn.Module, slope: float) -> None:

@@ -17,6 +17,7 @@ FORWARDS = ("soft", "hard")
 GRANULARITIES = ("tensor", "channel")
 SCALE_GRADIENTS = ("straight_through", "exact")
 POINT_QUANTIZERS = ("subset", "codebook", "log2", "dlq", "apot", "nulsq")
+BOUNDED_QUANTIZERS = ("a2q", "a2q_plus")
 ACTIVATION_LEVELS = ("uniform", "subset")
 
 
@@ -64,7 +65,9 @@ class LayerSpec:
             per channel.
         activation_levels: of "subset": levels of the input are "uniform" or a "subset" of activation_candidates.
         activation_candidates: as candidates, for the input.
-        normalize: quantize the weight after giving it mean 0 and the standard deviation it had before training.
+        normalize: quantize the weight after giving it mean 0 and the standard deviation it had before training; of
+            "a2q" and "a2q_plus": after bounding it so that no accumulator overflows.
+        accumulator_bits: of "a2q" and "a2q_plus": width of the accumulators, 8 to 32.
 
     Raises:
         ValueError: naming the field, the value got, the values allowed and the fix.
@@ -96,6 +99,7 @@ class LayerSpec:
     activation_levels: str = "uniform"
     activation_candidates: Any = "three_words"
     normalize: bool = False
+    accumulator_bits: int = 16
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -114,6 +118,8 @@ class LayerSpec:
                 f"slope_backward_max must be positive or None, got {self.slope_backward_max!r}: use None for no cap"
             )
         code_range(self.bits, levels=self.levels, grid=self.grid)
+        if not 8 <= self.accumulator_bits <= 32:
+            raise ValueError(f"accumulator_bits must lie from 8 to 32, got {self.accumulator_bits!r}: 16 is usual")
         _require("power", self.power, (2, 4))
         _require("points_per", self.points_per, GRANULARITIES)
         _require("activation_levels", self.activation_levels, ACTIVATION_LEVELS)

@@ -165,8 +165,9 @@ def _pack(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for path, layer in named_quantized_layers(network).items():
         for key in [k for k in tensors if k.startswith(key_of(path, "parametrizations.weight."))]:
             del tensors[key]
-        for name in ("weight", "weight_normalizer.spread"):  # codes are of the weight that was normalized
-            tensors.pop(key_of(path, name), None)
+        tensors.pop(key_of(path, "weight"), None)
+        for key in [k for k in tensors if k.startswith(key_of(path, "weight_normalizer."))]:
+            del tensors[key]  # codes are of the weight that was normalized
         weight, quantizer = layer.float_weight(), layer.weight_quantizer
         layers[path] = {"shape": list(weight.shape), "spec": _changed(replace(specs[path], normalize=False))}
         owner = path if layer.computes_weight else owners[weight_key(layer)]

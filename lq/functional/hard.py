@@ -11,7 +11,10 @@ from lq.functional.layout import pass_inside, positive, reduce_to_scale
 __all__ = ["dequantize", "hard_quantize", "lsq_gradient_scale", "lsq_quantize", "quantize"]
 
 
-def quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0) -> Tensor:
+_ALMOST = 1 + 2.0**-18  # a level over its scale is not always whole, and must not fall to the next one
+
+
+def quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0, toward_zero: bool = False) -> Tensor:
     """Codes of the levels nearest to ``x``: ``round(clip(x / s - offset, lo, hi))``, ties to even.
 
     Args:
@@ -20,6 +23,7 @@ def quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0)
         lo: smallest code.
         hi: largest code.
         offset: level of code 0, in steps (1/2 for mid-rise).
+        toward_zero: take the next code toward 0 instead of the nearest; levels stay themselves, rounding or not.
 
     Returns:
         Integer-valued tensor of the dtype of ``x / scale``, codes in ``lo..hi``.
@@ -30,7 +34,11 @@ def quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0)
     u = x / scale
     if offset:
         u = u - offset
-    return u.clamp(lo, hi).round()
+    return _whole(u.clamp(lo, hi), toward_zero)
+
+
+def _whole(u: Tensor, toward_zero: bool) -> Tensor:
+    return u.mul(_ALMOST).trunc() if toward_zero else u.round()
 
 
 def dequantize(codes: Tensor, scale: Tensor, *, offset: float = 0.0) -> Tensor:
@@ -51,7 +59,9 @@ def dequantize(codes: Tensor, scale: Tensor, *, offset: float = 0.0) -> Tensor:
     return (codes + offset if offset else codes) * scale
 
 
-def hard_quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0) -> Tensor:
+def hard_quantize(
+    x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0, toward_zero: bool = False
+) -> Tensor:
     """Nearest level to ``x``: `dequantize` of `quantize`.
 
     Args:
@@ -60,6 +70,7 @@ def hard_quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float =
         lo: smallest code.
         hi: largest code.
         offset: level of code 0, in steps.
+        toward_zero: see `quantize`.
 
     Returns:
         Levels, shape of ``x``.
@@ -67,7 +78,8 @@ def hard_quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float =
     >>> hard_quantize(torch.tensor([0.2, 0.9]), torch.tensor([0.5]), lo=-1, hi=1)
     tensor([0.0000, 0.5000])
     """
-    return dequantize(quantize(x, scale, lo=lo, hi=hi, offset=offset), scale, offset=offset)
+    codes = quantize(x, scale, lo=lo, hi=hi, offset=offset, toward_zero=toward_zero)
+    return dequantize(codes, scale, offset=offset)
 
 
 def lsq_gradient_scale(count: int, largest: float) -> float:
@@ -91,13 +103,13 @@ def lsq_gradient_scale(count: int, largest: float) -> float:
 class _LSQ(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, offset: float, gradient_scale: float
+        ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, offset: float, gradient_scale: float, toward_zero: bool
     ) -> Tensor:
         s = positive(scale)
         u = x / s
         if offset:
             u = u.sub_(offset)
-        y = u.round_().clamp_(lo, hi)
+        y = (_whole(u, True) if toward_zero else u.round_()).clamp_(lo, hi)
         if offset:
             y = y.add_(offset)
         y = y.mul_(s)
@@ -114,11 +126,18 @@ class _LSQ(torch.autograd.Function):
         grad_x = pass_inside(grad, x / s, low, high)
         # dy/ds is (y - x)/s inside the range and y/s outside; grad_x being 0 there, one formula serves both
         grad_scale = (reduce_to_scale(grad, y, s) - reduce_to_scale(grad_x, x, s)) / s
-        return grad_x, grad_scale * torch.sign(scale) * gradient_scale, None, None, None, None
+        return grad_x, grad_scale * torch.sign(scale) * gradient_scale, None, None, None, None, None
 
 
 def lsq_quantize(
-    x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0, gradient_scale: float = 1.0
+    x: Tensor,
+    scale: Tensor,
+    *,
+    lo: int,
+    hi: int,
+    offset: float = 0.0,
+    gradient_scale: float = 1.0,
+    toward_zero: bool = False,
 ) -> Tensor:
     """Hard quantizer with straight-through gradient and a learned step::
 
@@ -133,6 +152,7 @@ def lsq_quantize(
         hi: largest code.
         offset: level of code 0, in steps.
         gradient_scale: factor on the gradient of ``scale``, see `lsq_gradient_scale`.
+        toward_zero: see `quantize`.
 
     Returns:
         Levels, shape of ``x``.
@@ -144,4 +164,4 @@ def lsq_quantize(
     >>> x.grad
     tensor([1., 0.])
     """
-    return _LSQ.apply(x, scale, lo, hi, offset, gradient_scale)  # type: ignore[no-any-return]
+    return _LSQ.apply(x, scale, lo, hi, offset, gradient_scale, toward_zero)  # type: ignore[no-any-return]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lq.nn.normalizer import WeightNormalizer
 from lq.nn.substitute import LAYER_TYPES, TRANSPOSED_TYPES, SubstituteWeight, probe_input
-from lq.quantizers import ActivationQuantizer, Quantizer
+from lq.quantizers import ActivationQuantizer, Quantizer, WeightNormalizer
 
 __all__ = [
     "FixedWeight",
@@ -88,31 +87,36 @@ class QuantLayer(_Derived):
         """Whether the float layer's own weight is no parameter but computed from one: standardized, parametrized."""
         return self.transforms_weight or parametrize.is_parametrized(self, "weight")
 
-    def float_weight(self) -> Tensor:
+    def float_weight(self, *, bounded: bool = True) -> Tensor:
         """The weight as it arrives at the operator, before quantization, differentiable in the parameter.
+
+        Args:
+            bounded: whether a normalizer applies bounds that depend on the levels: not while they are set.
 
         Returns:
             Shape of the layer's weight.
         """
         weight = operator_weight(self, self.float_class) if self.transforms_weight else cast(Tensor, self.weight)
-        return self._normalized(weight)
+        return self._normalized(weight, bounded)
 
     @torch.no_grad()
     def normalize_(self, on: bool) -> None:
-        """Normalize the weight before it is quantized, to the standard deviation that it has now, or do not.
+        """Normalize the weight before it is quantized, as its quantizer does that, or do not.
 
         Args:
             on: whether to.
         """
         self.weight_normalizer = None
         if on:
-            self.weight_normalizer = WeightNormalizer(self.float_weight().std(correction=0))
+            weight = self.float_weight()
+            self.weight_normalizer = self.weight_quantizer.make_normalizer(weight).to(weight.device)
 
     def _quantize(self, weight: Tensor) -> Tensor:
         return self.weight_quantizer(self._normalized(weight))
 
-    def _normalized(self, weight: Tensor) -> Tensor:
-        return weight if self.weight_normalizer is None else self.weight_normalizer(weight)
+    def _normalized(self, weight: Tensor, bounded: bool = True) -> Tensor:
+        normalizer = self.weight_normalizer
+        return weight if normalizer is None else normalizer(weight, self.weight_quantizer, bounded=bounded)
 
     def quantized_weight(self) -> Tensor:
         """The hard quantized weight: what evaluation uses and what ships.

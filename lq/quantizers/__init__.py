@@ -1,6 +1,7 @@
 """Quantizers by name: modules that own parameters and call `lq.functional` for their mathematics."""
 
 from lq.functional.layout import ScaleLayout
+from lq.quantizers.a2q import A2QQuantizer
 from lq.quantizers.activation import ActivationQuantizer
 from lq.quantizers.apot import APoTQuantizer
 from lq.quantizers.base import Quantizer
@@ -9,6 +10,7 @@ from lq.quantizers.learned_steps import LearnedStepsQuantizer
 from lq.quantizers.logarithmic import LogQuantizer
 from lq.quantizers.lsq import LSQQuantizer
 from lq.quantizers.minmax import MinMaxQuantizer, MovingRangeQuantizer
+from lq.quantizers.normalizer import WeightNormalizer
 from lq.quantizers.pact import PACTQuantizer, SAWBQuantizer
 from lq.quantizers.points import PointQuantizer
 from lq.quantizers.registry import REGISTRY, Method, find_method, method_names, register_quantizer
@@ -18,6 +20,7 @@ from lq.spec import LayerSpec
 
 __all__ = [
     "REGISTRY",
+    "A2QQuantizer",
     "APoTQuantizer",
     "ActivationQuantizer",
     "CodebookQuantizer",
@@ -34,6 +37,7 @@ __all__ = [
     "SAWBQuantizer",
     "SoftQuantizer",
     "SubsetQuantizer",
+    "WeightNormalizer",
     "build_activation_quantizer",
     "build_weight_quantizer",
     "find_method",

@@ -12,6 +12,7 @@ from lq.functional.regularizer import level_regularizer
 from lq.functional.scale import initial_scale
 from lq.functional.scale_search import best_step
 from lq.functional.statistics import LevelStatistics, level_statistics
+from lq.quantizers.normalizer import Standardizer, WeightNormalizer
 
 __all__ = ["Quantizer"]
 
@@ -159,6 +160,24 @@ class Quantizer(nn.Module):
             self.scale.copy_(initial_scale(rows, self.codes, method).to(self.scale))
             return
         self.scale.copy_(best_step(rows, self.layout.importance_rows(importance, x), self.codes, power))
+
+    def make_normalizer(self, weight: Tensor) -> WeightNormalizer:
+        """What a weight passes before this quantizes it, where a spec says ``normalize``.
+
+        Args:
+            weight: the weight as it is.
+
+        Returns:
+            The normalizer.
+        """
+        return Standardizer(weight.std(correction=0))
+
+    def fit_(self, weight: Tensor) -> None:
+        """Change a weight that is to be normalized, in place, once levels are set; most methods need not.
+
+        Args:
+            weight: the parameter.
+        """
 
     def set_slope(self, slope: float) -> None:
         """Set the slope of the staircase; methods without one ignore it.

@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange
+from lq.quantizers.a2q import a2q_weight
 from lq.quantizers.apot import APoTQuantizer, InputAPoTQuantizer
 from lq.quantizers.base import Quantizer
 from lq.quantizers.dsq import DSQQuantizer
@@ -64,6 +65,10 @@ def _uniform(kind: type[Quantizer]) -> Callable[..., Quantizer]:
 def _by_bits(kind: Callable[..., Quantizer], **fixed: Any) -> Callable[..., Quantizer]:
     """Of methods that need nothing of the spec but the width."""
     return lambda spec, codes, **common: kind(spec.bits, **fixed, **common)
+
+
+def _a2q(centred: bool) -> Callable[..., Quantizer]:
+    return lambda spec, codes, **common: a2q_weight(spec, codes, centred, **common)
 
 
 def _staircase(spec: LayerSpec, hard: bool) -> dict[str, Any]:
@@ -166,6 +171,20 @@ REGISTRY: dict[str, Method] = {
         "fractional exponents from -7 to 0",
         learned="scales of activations (lsq)",
         source="Cai et al., 2018",
+    ),
+    "a2q": Method(
+        _a2q(False),
+        _uniform(LSQQuantizer),
+        "toward zero, sums of magnitudes that no accumulator overflows with",
+        learned="scales, norms of channels",
+        source="Colbert et al., ICCV 2023",
+    ),
+    "a2q_plus": Method(
+        _a2q(True),
+        _uniform(LSQQuantizer),
+        "the same for weights of mean 0, whose sums may be twice as large",
+        learned="scales, norms of channels",
+        source="Colbert et al., ICML 2024",
     ),
 }
 ENTRY_POINTS = "lq.quantizers"

@@ -10,10 +10,9 @@ from lq.surgery.swap import (
     keep_off_fast_path,
     layer_specs,
     quantize_model,
-    reassign_ends,
-    set_widths,
     swap_report,
 )
+from lq.surgery.widths import reassign_ends, set_widths
 
 __all__ = [
     "Found",

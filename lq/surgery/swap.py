@@ -1,6 +1,6 @@
 """Swap layers for quantized ones and back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lq.functional.layout import ScaleLayout
 from lq.nn import QuantLayer, from_float, is_transposed, named_quantized_layers, to_float, weight_key
 from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
-from lq.spec import POINT_QUANTIZERS, LayerSpec, QuantSpec
+from lq.spec import LayerSpec, QuantSpec
 from lq.surgery.discover import execution_order, run_example
 from lq.surgery.plan import Plan, make_plan
 from lq.surgery.report import QUANTIZED, SKIPPED, SwapReport, SwapRow
@@ -21,7 +21,6 @@ __all__ = [
     "keep_off_fast_path",
     "layer_specs",
     "quantize_model",
-    "reassign_ends",
     "swap_report",
 ]
 
@@ -75,7 +74,7 @@ def apply_plan(model: nn.Module, plan: Plan, calibrate: Calibrate | None = None)
     Returns:
         What happened to every layer.
     """
-    shared: dict[int, tuple[ScaleLayout, Quantizer]] = {}
+    shared: dict[int, QuantLayer] = {}
     for planned in plan.layers:
         module = planned.found.module
         if planned.spec is not None and not isinstance(module, QuantLayer):
@@ -88,7 +87,7 @@ def _quantize_layer(
     path: str,
     module: nn.Module,
     spec: LayerSpec,
-    shared: dict[int, tuple[ScaleLayout, Quantizer]],
+    shared: dict[int, QuantLayer],
     calibrate: Calibrate | None,
 ) -> None:
     weight = module.weight
@@ -98,7 +97,9 @@ def _quantize_layer(
         groups = getattr(module, "groups", 1)
         layout = ScaleLayout.per_channel(weight.shape, transposed=is_transposed(module), groups=groups)
     tied = shared.get(weight_key(module))
-    quantizer = tied[1] if tied and tied[0] == layout else build_weight_quantizer(spec, layout, weight.numel())
+    if tied is not None and tied.weight_quantizer.layout != layout:
+        tied = None
+    quantizer = tied.weight_quantizer if tied else build_weight_quantizer(spec, layout, weight.numel())
     inputs = build_activation_quantizer(spec)
     for part in (quantizer, inputs):
         if part is not None:
@@ -106,8 +107,10 @@ def _quantize_layer(
     from_float(module, quantizer, inputs, normalize=spec.normalize)
     assert isinstance(module, QuantLayer)
     module.layer_spec = spec  # type: ignore[assignment]
-    if tied is None or quantizer is not tied[1]:
-        weight = module.float_weight()
+    if tied is not None:
+        module.weight_normalizer = tied.weight_normalizer
+    else:
+        weight = module.float_weight(bounded=False)
         if calibrate is None and spec.normalize and not bool(weight.any()):
             raise ValueError(
                 f"normalize must be False for constant weights, layer {path!r} has such: give it "
@@ -115,9 +118,11 @@ def _quantize_layer(
             )
         if calibrate is None:
             quantizer.calibrate_(weight, spec.scale_init)
+            if spec.normalize and not module.computes_weight:
+                quantizer.fit_(module.weight)  # type: ignore[arg-type]
         else:
             calibrate(path, quantizer, weight.detach())
-        shared[weight_key(module)] = (layout, quantizer)
+        shared[weight_key(module)] = module
 
 
 def _pass(*_: Any) -> None:
@@ -195,75 +200,6 @@ def _sign(module: nn.Module, spec: LayerSpec) -> str | None:
     if spec.activation != "auto" or inputs is None or not inputs.is_calibrated:
         return spec.activation
     return "signed" if inputs.quantizer.codes.lo < 0 else "unsigned"
-
-
-def reassign_ends(model: nn.Module, spec: QuantSpec, order: Sequence[str]) -> SwapReport:
-    """Give the first and last block by execution order the width that registration order gave to others.
-
-    Changes code ranges and resets the weight scales of the layers concerned, in place: no parameter is replaced, so an
-    optimizer that exists stays valid.
-
-    Args:
-        model: a quantized model.
-        spec: the spec it was quantized with.
-        order: paths in execution order.
-
-    Returns:
-        The new report.
-    """
-    plan = make_plan(model, spec, order)
-    set_widths(model, plan.specs)
-    return swap_report(plan)
-
-
-def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec], *, calibrate: bool = True) -> None:
-    """Change the code ranges of quantized layers to those of other specs, in place, resetting scales that change.
-
-    Args:
-        model: a quantized model.
-        specs: path to spec; they must agree with the present ones in all but the widths and what follows from them.
-        calibrate: whether to set the new levels from the weights; False where a file will bring them.
-    """
-    rebuilt: dict[Quantizer, Quantizer] = {}
-    for path, layer in named_quantized_layers(model).items():
-        new, old = specs[path], layer.layer_spec
-        if new == old:
-            continue
-        assert isinstance(old, LayerSpec)
-        layer.layer_spec = new  # type: ignore[assignment]
-        if new.normalize != old.normalize:
-            layer.normalize_(new.normalize)
-        if {new.quantizer, old.quantizer} & set(POINT_QUANTIZERS):
-            _rebuild(layer, new, rebuilt, calibrate)
-            continue
-        if layer.weight_quantizer.codes != new.weight_codes:
-            layer.weight_quantizer.codes = new.weight_codes
-            if calibrate:
-                layer.weight_quantizer.calibrate_(layer.float_weight(), new.scale_init)
-        if layer.input_quantizer is not None:
-            layer.input_quantizer.set_ranges_(new.activation_codes)
-
-
-def _rebuild(layer: QuantLayer, spec: LayerSpec, rebuilt: dict[Quantizer, Quantizer], calibrate: bool) -> None:
-    """New quantizers around the old scales, which an optimizer may hold: other points need other buffers."""
-    old, weight = layer.weight_quantizer, layer.float_weight()
-    if old not in rebuilt:
-        new = build_weight_quantizer(spec, old.layout, weight.numel())
-        _keep_scale(new, old)
-        rebuilt[old] = new.to(weight.device).train(old.training)
-        if calibrate:
-            new.calibrate_(weight, spec.scale_init)
-    layer.weight_quantizer = rebuilt[old]
-    inputs = build_activation_quantizer(spec)
-    if inputs is not None and layer.input_quantizer is not None:
-        _keep_scale(inputs.quantizer, layer.input_quantizer.quantizer)
-        layer.input_quantizer = inputs.to(weight.device).train(old.training)
-
-
-def _keep_scale(new: Quantizer, old: Quantizer) -> None:
-    learned, new.scale = new.scale.requires_grad, old.scale
-    if type(new) is not type(old):
-        new.scale.requires_grad_(learned)
 
 
 def dequantize_model(model: nn.Module, *, keep_latent: bool = False) -> list[str]:

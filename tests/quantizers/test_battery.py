@@ -16,6 +16,7 @@ from lq.functional.learned_steps import learned_step_quantize
 from lq.functional.log_levels import log_round, power_of_two_scale
 from lq.quantizers import (
     REGISTRY,
+    A2QQuantizer,
     APoTQuantizer,
     LearnedStepsQuantizer,
     LogQuantizer,
@@ -66,6 +67,9 @@ SPECS = {
     "dlq": LayerSpec(quantizer="dlq", bits=3),
     "apot-2": LayerSpec(quantizer="apot", bits=2),
     "apot-channel": LayerSpec(quantizer="apot", granularity="channel"),
+    "a2q-2": LayerSpec(quantizer="a2q", bits=2),
+    "a2q-channel": LayerSpec(quantizer="a2q", granularity="channel"),
+    "a2q-plus-8": LayerSpec(quantizer="a2q_plus", bits=8, granularity="channel"),
     "nulsq-2": LayerSpec(quantizer="nulsq", bits=2),
     "nulsq-channel": LayerSpec(quantizer="nulsq", granularity="channel"),
 }
@@ -97,6 +101,9 @@ def reference(quantizer, weight):
         return quantizer.layout.unrows(torch.from_numpy(near), weight.shape)
     codes = quantizer.codes
     scale = quantizer.layout.broadcast(quantizer.scale.detach()).expand_as(weight).double().numpy()
+    if isinstance(quantizer, A2QQuantizer):
+        toward = np.trunc(np.clip(weight.double().numpy() / scale, codes.lo, codes.hi))
+        return torch.from_numpy(toward * scale)
     return torch.from_numpy(numpy_reference.hard(weight.double().numpy(), scale, codes.lo, codes.hi, codes.offset))
 
 
@@ -146,6 +153,8 @@ def test_module_equals_function(made):
         hard, cap = spec.forward == "hard", spec.slope_backward_max or float("inf")
         extra = {"staircase": spec.staircase, "hard": hard, "slope_backward_max": cap}
         expected = soft_staircase(weight, scale, quantizer.slope, **codes, **extra)
+    elif isinstance(quantizer, A2QQuantizer):
+        expected = hard_quantize(weight, scale, toward_zero=True, **codes)
     elif spec.quantizer == "dsq":
         expected = dsq_quantize(weight, scale, quantizer.alpha, **codes)
     elif spec.quantizer == "pact":
