@@ -5,69 +5,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lq.callbacks.hold import Hold, HoldAtAlignment, HoldAtStep, HoldOnPlateau
 from lq.functional.regularizer import REGULARIZERS
 from lq.functional.schedule import SCHEDULES, ramp
 
-__all__ = ["AnnealSpec", "Annealing", "Hold", "HoldAtAlignment", "HoldAtStep", "HoldOnPlateau"]
-
-
-@dataclass(frozen=True)
-class HoldAtStep:
-    """Hold the slope from an optimizer step on.
-
-    Args:
-        step: optimizer steps from the start, at least 0.
-    """
-
-    step: int
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        if self.step < 0:
-            raise ValueError(f"step must not be negative, got {self.step}: count optimizer steps from 0")
-
-
-@dataclass(frozen=True)
-class HoldAtAlignment:
-    """Hold the slope once the mean alignment of the weights reaches a threshold.
-
-    Args:
-        threshold: alignment from -1 to 1; checked whenever metrics are logged.
-    """
-
-    threshold: float
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be an alignment from -1 to 1, got {self.threshold}: try 0.9")
-
-
-@dataclass(frozen=True)
-class HoldOnPlateau:
-    """Hold the slope once a monitored metric stops getting better.
-
-    Args:
-        monitor: name of a logged metric; checked after every validation.
-        patience: validations without improvement that are tolerated, at least 0.
-        min_delta: smallest change that counts as improvement.
-        mode: "max" or "min".
-    """
-
-    monitor: str
-    patience: int = 2
-    min_delta: float = 0.0
-    mode: str = "max"
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {self.mode!r}: use 'max' for accuracy, 'min' for loss")
-        if self.patience < 0:
-            raise ValueError(f"patience must not be negative, got {self.patience}: count validations from 0")
-
-
-Hold = HoldAtStep | HoldAtAlignment | HoldOnPlateau
+__all__ = ["AnnealSpec", "Annealing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +27,8 @@ class AnnealSpec:
         regularizer_scale_gradient: whether scales learn from the regularizer.
         strength: factor on the regularizer at the end of its ramp.
         strength_schedule: ramp over ``anneal_steps``, "linear" or "cosine" from 0, or "constant".
+        strength_start: optimizer steps, or fraction of the fit, before which there is no regularizer; its ramp begins
+            there and ends with ``anneal_steps``, or is a jump where those are over.
         scale_lr_factor: learning rate of scales relative to that of their parameter group.
         weight_decay_by_bits: whether weights of 3 bits get half, of 2 bits a quarter of their group's weight decay.
         calibration_batches: training batches that set the activation scales before the first step.
@@ -103,6 +47,7 @@ class AnnealSpec:
     regularizer_scale_gradient: bool = False
     strength: float = 1.0
     strength_schedule: str = "linear"
+    strength_start: int | float = 0
     scale_lr_factor: float = 1.0
     weight_decay_by_bits: bool = False
     calibration_batches: int = 8
@@ -119,6 +64,11 @@ class AnnealSpec:
             raise ValueError(
                 f"anneal_steps must be an integer of at least 1 or a fraction in (0, 1], got {self.anneal_steps!r}: "
                 "use 0.8 for 80 % of the fit"
+            )
+        if not 0 <= self.strength_start < (1 if isinstance(self.strength_start, float) else math.inf):
+            raise ValueError(
+                "strength_start must be an integer of at least 0 or a fraction in [0, 1), got "
+                f"{self.strength_start!r}: use 0.9 for the last tenth of the fit"
             )
         if self.hold is not None and not isinstance(self.hold, Hold):
             raise ValueError(f"hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got {self.hold!r}")
@@ -158,11 +108,12 @@ class Annealing:
         self.step = 0
         self.held_at: int | None = None
         self.steps: int | None = None
+        self.start: int | None = None
         self.best: float | None = None
         self.waited = 0
 
     def resolve(self, total_steps: float) -> None:
-        """Turn a fraction of the fit into optimizer steps, once.
+        """Turn fractions of the fit into optimizer steps, once.
 
         Args:
             total_steps: optimizer steps of the whole fit, infinite where unknown.
@@ -170,17 +121,21 @@ class Annealing:
         Raises:
             ValueError: for a fraction of an endless fit.
         """
-        if self.steps is not None:
-            return
-        if not isinstance(self.spec.anneal_steps, float):
-            self.steps = int(self.spec.anneal_steps)
-        elif math.isinf(total_steps):
+        if self.steps is None:
+            self.steps = max(1, self._resolved("anneal_steps", total_steps))
+        if self.start is None:
+            self.start = self._resolved("strength_start", total_steps)
+
+    def _resolved(self, name: str, total_steps: float) -> int:
+        value = getattr(self.spec, name)
+        if not isinstance(value, float):
+            return int(value)
+        if math.isinf(total_steps):
             raise ValueError(
-                f"anneal_steps must be an integer for a fit without an end, got the fraction {self.spec.anneal_steps}: "
-                "set Trainer(max_epochs=...) or give anneal_steps in optimizer steps"
+                f"{name} must be an integer for a fit without an end, got the fraction {value}: "
+                f"set Trainer(max_epochs=...) or give {name} in optimizer steps"
             )
-        else:
-            self.steps = max(1, round(self.spec.anneal_steps * total_steps))
+        return round(value * total_steps)
 
     @property
     def slope(self) -> float:
@@ -191,9 +146,11 @@ class Annealing:
     @property
     def strength(self) -> float:
         """Strength of the regularizer at the present step; 0 without one."""
-        if self.spec.regularizer is None:
+        start = self.start or 0
+        if self.spec.regularizer is None or self.step < start:
             return 0.0
-        return ramp(0.0, self.spec.strength, self.steps or 1, self.spec.strength_schedule)(self.step)
+        steps = max(1, (self.steps or 1) - start)
+        return ramp(0.0, self.spec.strength, steps, self.spec.strength_schedule)(self.step - start)
 
     def advance(self) -> None:
         """Count one optimizer step."""
@@ -246,7 +203,7 @@ class Annealing:
         Returns:
             Everything that a resume needs.
         """
-        return {k: getattr(self, k) for k in ("step", "held_at", "steps", "best", "waited")}
+        return {k: getattr(self, k) for k in ("step", "held_at", "steps", "start", "best", "waited")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore.

@@ -43,6 +43,8 @@ def test_an_average_that_starts_late_is_warned_of():
         ({"bits": 1}, "bits must be an integer from 2 to 8, got 1"),
         ({"slope_start": 9.0, "slope_end": 3.0}, "slope_start must lie from 0 to slope_end, got 9.0 and 3.0"),
         ({"anneal_steps": 0}, "anneal_steps must be an integer of at least 1 or a fraction"),
+        ({"strength_start": 1.0}, "strength_start must be an integer of at least 0 or a fraction in"),
+        ({"strength_start": -1}, "strength_start must be an integer of at least 0 or a fraction in"),
         ({"anneal_steps": 1.5}, "anneal_steps must be an integer of at least 1 or a fraction"),
         ({"regularizer": "l2"}, "regularizer must be one of .* got 'l2'"),
         ({"regularizer_on": "soft"}, "regularizer_on must be one of .* got 'soft'"),

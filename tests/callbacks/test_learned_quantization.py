@@ -361,6 +361,26 @@ def test_a_skipped_batch_moves_nothing_and_counts_for_nothing():
     assert callback.annealing.step == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "start", "expected"),
+    [
+        ({"strength_start": 0.5, "anneal_steps": 1.0}, 4, [0, 0, 0, 0, 0, 0.25, 0.5, 0.75]),
+        ({"strength_start": 6, "anneal_steps": 4}, 6, [0, 0, 0, 0, 0, 0, 0, 1]),  # a jump: the ramp's end is over
+        ({"strength_start": 0.75, "strength_schedule": "constant"}, 6, [0, 0, 0, 0, 0, 0, 1, 1]),
+    ],
+)
+def test_a_regularizer_may_begin_late(settings, start, expected):
+    callback, seen = lq.LearnedQuantization(strength=1.0, log_every_n_steps=1, **settings), []
+
+    class Watching(Plain):
+        def on_train_batch_start(self, batch, batch_idx):
+            seen.append(callback.annealing.strength)
+
+    fit(Watching(), [callback], epochs=1, limit_train_batches=8)
+    assert seen == pytest.approx(expected)
+    assert callback.annealing.state_dict()["start"] == start
+
+
 def test_frozen_weights_need_no_regularizer():
     module = Plain()
     for name, parameter in module.named_parameters():
