@@ -17,7 +17,6 @@ FORWARDS = ("soft", "hard")
 GRANULARITIES = ("tensor", "channel")
 SCALE_GRADIENTS = ("straight_through", "exact")
 POINT_QUANTIZERS = ("subset", "codebook", "log2", "dlq", "apot", "nulsq")
-BOUNDED_QUANTIZERS = ("a2q", "a2q_plus")
 ACTIVATION_LEVELS = ("uniform", "subset")
 
 
@@ -66,7 +65,7 @@ class LayerSpec:
         activation_levels: of "subset": levels of the input are "uniform" or a "subset" of activation_candidates.
         activation_candidates: as candidates, for the input.
         normalize: quantize the weight after giving it mean 0 and the standard deviation it had before training; of
-            "a2q" and "a2q_plus": after bounding it so that no accumulator overflows.
+            "a2q" and "a2q_plus": after bounding it so that no accumulator overflows, which they do not without.
         accumulator_bits: of "a2q" and "a2q_plus": width of the accumulators, 8 to 32.
 
     Raises:

@@ -8,13 +8,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
 from lq.callbacks.steps import StepCounter
 from lq.network import quantizers, scale_parameters, set_slope
 from lq.nn import named_quantized_layers
-from lq.quantizers import SoftQuantizer
+from lq.quantizers import ActivationQuantizer, SoftQuantizer
 from lq.spec import LayerSpec
 from lq.surgery import layer_specs, set_widths
 
@@ -101,6 +102,7 @@ class ProgressiveBits(StepCounter):
         if slopes:
             set_slope(pl_module, slopes[0])
         changed = [path for path, spec in specs.items() if _inputs(spec) != _inputs(before[path])]
+        changed += [path for path in specs if path not in changed and _forgot(pl_module.get_submodule(path))]
         count, forward = self.calibration_batches, self.calibration_forward
         recalibrate_on_training_batches(trainer, pl_module, count, forward, changed)
         widths = sorted({layer.weight_quantizer.codes.bits for layer in named_quantized_layers(pl_module).values()})
@@ -125,6 +127,12 @@ class ProgressiveBits(StepCounter):
         """
         self.step, self.stage = state_dict["step"], state_dict["stage"]
         self.last = {path: LayerSpec(**spec) for path, spec in state_dict["last"].items()}
+
+
+def _forgot(layer: nn.Module) -> bool:
+    """Whether the levels of a layer's input were made anew with those of its weight, as points are."""
+    inputs = layer.input_quantizer
+    return isinstance(inputs, ActivationQuantizer) and not inputs.is_calibrated
 
 
 def _inputs(spec: LayerSpec) -> tuple[int, int] | None:

@@ -1,11 +1,13 @@
 """Weights that an accumulator of few bits cannot overflow with: a bound on the sum of their magnitudes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 __all__ = ["bound_l1", "l1_bound", "project_l1"]
 
-_SLACK = 1 - 2.0**-14  # room for the rounding of floating point: the sum of codes is whole and stays below the bound
+_NOTHING = 2.0**-20  # weights this small against their norm have no direction worth scaling up
 
 
 def l1_bound(accumulator_bits: int, largest: int, *, centred: bool = False) -> float:
@@ -32,31 +34,56 @@ def l1_bound(accumulator_bits: int, largest: int, *, centred: bool = False) -> f
     return (2**accumulator_bits - 2 if centred else 2 ** (accumulator_bits - 1) - 1) / largest
 
 
-def bound_l1(rows: Tensor, norm: Tensor, limit: Tensor | None, *, centred: bool = False) -> Tensor:
+def bound_l1(rows: Tensor, log_norm: Tensor, limit: Tensor | None, *, centred: bool = False) -> Tensor:
     """Rows scaled to a given sum of magnitudes, or to a limit where that is less::
 
-        v * min(g, limit) / sum |v|                    (v of mean 0 where ``centred``)
+        v * min(2^t, limit) / sum |v|
+
+    Where ``centred``, v has mean 0, and the sum is twice the larger one of those of its positive and of its negative
+    values: the same, but that no rounding can unbalance it.
+
+    Gradients of t that would carry it further beyond the limit are dropped. Rows of zeros stay, and can leave zero.
 
     Args:
-        rows: v, shape ``(C, N)``.
-        norm: g, shape ``(C,)``, positive.
-        limit: shape ``(C,)``, for the result; None for no limit.
+        rows: v, shape ``(C, N)``, at least float32.
+        log_norm: t, shape ``(C,)``.
+        limit: shape ``(C,)``, positive, for the result; None for no limit.
         centred: whether to take the mean from every row first.
 
     Returns:
         Shape of ``rows``.
 
-    Source: Colbert et al., A2Q, ICCV 2023, where v is the parameter and g is learned; centred as in A2Q+, ICML 2024.
+    Source: Colbert et al., A2Q, ICCV 2023, where v is the parameter and t is learned, with a penalty beyond the limit;
+        centred as in A2Q+, ICML 2024.
 
-    >>> bound_l1(torch.tensor([[1.0, -3.0]]), torch.tensor([8.0]), torch.tensor([2.0]))
+    >>> bound_l1(torch.tensor([[1.0, -3.0]]), torch.tensor([3.0]), torch.tensor([2.0]))
     tensor([[ 0.5000, -1.5000]])
     """
+    norm = (log_norm if limit is None else _Inside.apply(log_norm, limit.log2())).exp2()  # type: ignore[attr-defined]
+    if limit is not None:
+        norm = norm * (limit / norm).clamp_max(1).detach()  # exp2 of log2 may be a little more
     if centred:
         rows = rows - rows.mean(1, keepdim=True)
-    if limit is not None:
-        norm = torch.minimum(norm, limit * _SLACK)
-    tiny = torch.finfo(rows.dtype).tiny
-    return rows * (norm / rows.abs().sum(1).clamp_min(tiny))[:, None]
+        total = 2 * torch.maximum(rows.relu().sum(1), (-rows).relu().sum(1))
+    else:
+        total = rows.abs().sum(1)
+    usable = total > norm.detach() * _NOTHING
+    factor = torch.where(usable, norm / torch.where(usable, total, 1), 1)
+    return rows * factor[:, None]
+
+
+class _Inside(torch.autograd.Function):
+    """The smaller of two; gradients pass, but for those that lead away from the limit beyond it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x > limit)
+        return torch.minimum(x, limit)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (beyond,) = ctx.saved_tensors
+        return grad.masked_fill(beyond & (grad < 0), 0), None
 
 
 def project_l1(rows: Tensor, limit: Tensor) -> Tensor:

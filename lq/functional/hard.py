@@ -11,9 +11,6 @@ from lq.functional.layout import pass_inside, positive, reduce_to_scale
 __all__ = ["dequantize", "hard_quantize", "lsq_gradient_scale", "lsq_quantize", "quantize"]
 
 
-_ALMOST = 1 + 2.0**-18  # a level over its scale is not always whole, and must not fall to the next one
-
-
 def quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0, toward_zero: bool = False) -> Tensor:
     """Codes of the levels nearest to ``x``: ``round(clip(x / s - offset, lo, hi))``, ties to even.
 
@@ -23,7 +20,7 @@ def quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0,
         lo: smallest code.
         hi: largest code.
         offset: level of code 0, in steps (1/2 for mid-rise).
-        toward_zero: take the next code toward 0 instead of the nearest; levels stay themselves, rounding or not.
+        toward_zero: take the next code toward 0 instead of the nearest.
 
     Returns:
         Integer-valued tensor of the dtype of ``x / scale``, codes in ``lo..hi``.
@@ -34,11 +31,8 @@ def quantize(x: Tensor, scale: Tensor, *, lo: int, hi: int, offset: float = 0.0,
     u = x / scale
     if offset:
         u = u - offset
-    return _whole(u.clamp(lo, hi), toward_zero)
-
-
-def _whole(u: Tensor, toward_zero: bool) -> Tensor:
-    return u.mul(_ALMOST).trunc() if toward_zero else u.round()
+    u = u.clamp(lo, hi)
+    return u.trunc() if toward_zero else u.round()
 
 
 def dequantize(codes: Tensor, scale: Tensor, *, offset: float = 0.0) -> Tensor:
@@ -109,7 +103,7 @@ class _LSQ(torch.autograd.Function):
         u = x / s
         if offset:
             u = u.sub_(offset)
-        y = (_whole(u, True) if toward_zero else u.round_()).clamp_(lo, hi)
+        y = (u.trunc_() if toward_zero else u.round_()).clamp_(lo, hi)
         if offset:
             y = y.add_(offset)
         y = y.mul_(s)

@@ -13,20 +13,19 @@ from lq.quantizers.base import Quantizer
 from lq.quantizers.normalizer import WeightNormalizer
 from lq.spec import LayerSpec
 
-__all__ = ["A2QQuantizer", "AccumulatorNormalizer"]
-
-_INSIDE = 1 - 2.0**-13  # where a norm that crossed its bound is put: so far inside that it goes on learning
+__all__ = ["A2QQuantizer", "AccumulatorNormalizer", "limit_of"]
 
 
 class A2QQuantizer(Quantizer):
-    """Levels toward zero; with ``normalize`` no accumulator of a given width can overflow.
+    """Levels toward zero of weights whose sum of magnitudes is bounded, so that no accumulator overflows.
 
     Rounding toward zero never adds to a magnitude: a bound on the weights is one on their codes. The layer normalizes
-    its weights to that bound, see `AccumulatorNormalizer`.
+    its weights to that bound, see `AccumulatorNormalizer`. Without a limit levels are the nearest ones, as LSQ's: so
+    stored networks give back what they held.
 
     Args:
         codes: code range, with a zero.
-        limit: largest sum of magnitudes of the codes of a channel; infinity for no limit.
+        limit: largest sum of magnitudes of the codes of a channel; None for no limit.
         centred: whether weights have mean 0 (A2Q+).
         **common: arguments of `Quantizer`.
 
@@ -35,22 +34,39 @@ class A2QQuantizer(Quantizer):
 
     Source: Colbert et al., A2Q, ICCV 2023; Colbert et al., A2Q+, ICML 2024.
 
-    >>> quantizer = A2QQuantizer(CodeRange(-3, 3, 0.0))
+    >>> quantizer = A2QQuantizer(CodeRange(-3, 3, 0.0), limit=100.0)
     >>> quantizer.eval()(torch.tensor([-1.9, 0.9, 2.0])).tolist()
     [-1.0, 0.0, 2.0]
     """
 
-    def __init__(self, codes: CodeRange, *, limit: float = float("inf"), centred: bool = False, **common: Any) -> None:
+    def __init__(self, codes: CodeRange, *, limit: float | None = None, centred: bool = False, **common: Any) -> None:
         """Keep the limit."""
         super().__init__(codes, **common)
         if codes.offset:
             raise ValueError("grid must be 'mid_tread' or 'full_range' for a2q, got 'mid_rise': it rounds to zero")
         self.limit, self.centred = limit, centred
 
-    @property
-    def largest_norm(self) -> Tensor:
-        """Largest sum of magnitudes of the weights of each channel, shape ``(C,)``."""
-        return self.limit * positive(self.scale)
+    def adopt_(self, spec: LayerSpec) -> None:
+        """Take over the code range of another spec, and the limit that follows from it.
+
+        Args:
+            spec: the layer's new spec.
+        """
+        super().adopt_(spec)
+        self.limit = limit_of(spec, self.centred)
+
+    def largest_norm(self, dtype: torch.dtype) -> Tensor | None:
+        """Largest sum of magnitudes of the weights of each channel, a little less than the limit, shape ``(C,)``.
+
+        Args:
+            dtype: of the weights: what rounding to it may add is left free.
+
+        Returns:
+            At least float32; None without a limit.
+        """
+        if self.limit is None:
+            return None
+        return positive(self.scale.detach()) * (self.limit * (1 - 2.0**-14 - 2 * torch.finfo(dtype).eps))
 
     def make_normalizer(self, weight: Tensor) -> WeightNormalizer:
         """What keeps a weight within the limit.
@@ -61,7 +77,7 @@ class A2QQuantizer(Quantizer):
         Returns:
             The normalizer.
         """
-        return AccumulatorNormalizer(self.layout.rows(weight), centred=self.centred)
+        return AccumulatorNormalizer(self._rows(weight.detach()))
 
     @torch.no_grad()
     def fit_(self, weight: Tensor) -> None:
@@ -70,10 +86,14 @@ class A2QQuantizer(Quantizer):
         Args:
             weight: changed in place; its scale is set already.
         """
-        if self.limit < float("inf"):
-            rows = self.layout.rows(weight).to(torch.promote_types(weight.dtype, torch.float32))
-            rows = rows - rows.mean(1, keepdim=True) if self.centred else rows
-            weight.copy_(self.layout.unrows(project_l1(rows, self.largest_norm.to(rows)), weight.shape))
+        limit = self.largest_norm(weight.dtype)
+        if limit is not None:
+            rows = self._rows(weight)
+            weight.copy_(self.layout.unrows(project_l1(rows, limit.to(rows)), weight.shape))
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        rows = self.layout.rows(weight).to(torch.promote_types(weight.dtype, torch.float32))
+        return rows - rows.mean(1, keepdim=True) if self.centred else rows
 
     def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
         """Levels toward zero; gradients as if nothing were rounded, and those of the scale as LSQ's.
@@ -86,28 +106,29 @@ class A2QQuantizer(Quantizer):
         Returns:
             Levels.
         """
-        return lsq_quantize(x, scale, gradient_scale=gradient_scale, toward_zero=True, **self.codes._asdict())
+        return lsq_quantize(x, scale, gradient_scale=gradient_scale, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {**self.codes._asdict(), "toward_zero": self.limit is not None}
 
     def _straight_through(self, view: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
         return self.fake_quantize(view, scale, gradient_scale)
 
     def _nearest(self, view: Tensor, scale: Tensor) -> Tensor:
-        return hard_quantize(view, scale, toward_zero=True, **self.codes._asdict())
+        return hard_quantize(view, scale, **self._how)
 
     def _encode(self, view: Tensor, scale: Tensor) -> Tensor:
-        return quantize(view, scale, toward_zero=True, **self.codes._asdict()).to(torch.int8)
+        return quantize(view, scale, **self._how).to(torch.int8)
 
 
 class AccumulatorNormalizer(WeightNormalizer):
-    """Gives every output channel a learned sum of magnitudes, which the quantizer's limit bounds::
+    """Gives every output channel a learned sum of magnitudes, which the quantizer's limit bounds.
 
-        w = v * min(2^t, T s) / sum |v|              (v the parameter, T the limit in steps, s the scale)
-
-    In training t is put back to the bound after it has crossed it, in place of the authors' penalty on what is beyond.
+    See `lq.functional.accumulator.bound_l1`; the authors have a penalty on what is beyond the limit.
 
     Args:
         rows: weights, one row per output channel.
-        centred: whether the mean of every channel is taken from it first.
 
     >>> normalizer = AccumulatorNormalizer(torch.tensor([[1.0, -3.0]]))
     >>> normalizer.log_norm
@@ -115,13 +136,12 @@ class AccumulatorNormalizer(WeightNormalizer):
     tensor([2.], requires_grad=True)
     """
 
-    def __init__(self, rows: Tensor, *, centred: bool = False) -> None:
-        """Start with the norm that there is."""
+    def __init__(self, rows: Tensor) -> None:
+        """Start with the norms that there are; rows of zeros with one that lets them grow."""
         super().__init__()
-        self.centred = centred
-        rows = rows.detach().float()
-        norm = (rows - rows.mean(1, keepdim=True) if centred else rows).abs().sum(1)
-        self.log_norm = nn.Parameter(norm.clamp_min(torch.finfo(norm.dtype).tiny).log2())
+        norm = rows.float().abs().sum(1)
+        least = (norm.mean() / 100).clamp_min(torch.finfo(norm.dtype).tiny)
+        self.log_norm = nn.Parameter(torch.maximum(norm, least).log2())
 
     def forward(self, weight: Tensor, quantizer: Quantizer, *, bounded: bool = True) -> Tensor:
         """Normalize.
@@ -134,34 +154,30 @@ class AccumulatorNormalizer(WeightNormalizer):
         Returns:
             Shape and dtype of the weight.
         """
-        rows = quantizer.layout.rows(weight).to(self.log_norm.dtype)
-        limit = None
-        if bounded and isinstance(quantizer, A2QQuantizer) and quantizer.limit < float("inf"):
-            limit = quantizer.largest_norm.detach()
-            if self.training:
-                with torch.no_grad():
-                    self.log_norm.copy_(torch.minimum(self.log_norm, (limit * _INSIDE).log2()))
-        bound = bound_l1(rows, self.log_norm.exp2(), limit, centred=self.centred)
+        assert isinstance(quantizer, A2QQuantizer)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        limit = quantizer.largest_norm(weight.dtype) if bounded else None
+        limit = limit if limit is None else limit.to(dtype)
+        rows = quantizer.layout.rows(weight).to(dtype)
+        bound = bound_l1(rows, self.log_norm.to(dtype), limit, centred=quantizer.centred)
         return quantizer.layout.unrows(bound, weight.shape).to(weight.dtype)
 
 
-def a2q_weight(spec: LayerSpec, codes: CodeRange, centred: bool, **common: Any) -> A2QQuantizer:
-    """The weight quantizer that a spec describes.
+def limit_of(spec: LayerSpec, centred: bool) -> float | None:
+    """Largest sum of magnitudes of codes that the accumulators of a spec hold; None where it does not normalize.
 
     Args:
         spec: the layer's spec.
-        codes: code range.
         centred: whether weights have mean 0 (A2Q+).
-        **common: arguments of `Quantizer`.
 
     Returns:
-        The quantizer.
+        The limit.
 
     Raises:
         ValueError: where the spec normalizes, but has no accumulators to bound, or one scale for all of them.
     """
     if not spec.normalize:
-        return A2QQuantizer(codes, **common)
+        return None
     if spec.activation is None:
         raise ValueError(
             f"activation must not be None for {spec.quantizer}, got None: accumulators are of integer inputs, take auto"
@@ -173,6 +189,4 @@ def a2q_weight(spec: LayerSpec, codes: CodeRange, centred: bool, **common: Any) 
         )
     # an input that turns out to be signed has codes of half that magnitude
     largest = spec.activation_codes(signed=spec.activation == "signed" and not centred).hi
-    return A2QQuantizer(
-        codes, limit=l1_bound(spec.accumulator_bits, largest, centred=centred), centred=centred, **common
-    )
+    return l1_bound(spec.accumulator_bits, largest, centred=centred)

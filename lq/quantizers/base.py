@@ -13,6 +13,7 @@ from lq.functional.scale import initial_scale
 from lq.functional.scale_search import best_step
 from lq.functional.statistics import LevelStatistics, level_statistics
 from lq.quantizers.normalizer import Standardizer, WeightNormalizer
+from lq.spec import LayerSpec
 
 __all__ = ["Quantizer"]
 
@@ -160,6 +161,14 @@ class Quantizer(nn.Module):
             self.scale.copy_(initial_scale(rows, self.codes, method).to(self.scale))
             return
         self.scale.copy_(best_step(rows, self.layout.importance_rows(importance, x), self.codes, power))
+
+    def adopt_(self, spec: LayerSpec) -> None:
+        """Take over the code range of another spec, in place.
+
+        Args:
+            spec: the layer's new spec.
+        """
+        self.codes = spec.weight_codes
 
     def make_normalizer(self, weight: Tensor) -> WeightNormalizer:
         """What a weight passes before this quantizes it, where a spec says ``normalize``.

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange
-from lq.quantizers.a2q import a2q_weight
+from lq.quantizers.a2q import A2QQuantizer, limit_of
 from lq.quantizers.apot import APoTQuantizer, InputAPoTQuantizer
 from lq.quantizers.base import Quantizer
 from lq.quantizers.dsq import DSQQuantizer
@@ -68,7 +68,7 @@ def _by_bits(kind: Callable[..., Quantizer], **fixed: Any) -> Callable[..., Quan
 
 
 def _a2q(centred: bool) -> Callable[..., Quantizer]:
-    return lambda spec, codes, **common: a2q_weight(spec, codes, centred, **common)
+    return lambda spec, codes, **common: A2QQuantizer(codes, limit=limit_of(spec, centred), centred=centred, **common)
 
 
 def _staircase(spec: LayerSpec, hard: bool) -> dict[str, Any]:

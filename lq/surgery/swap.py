@@ -120,6 +120,7 @@ def _quantize_layer(
             quantizer.calibrate_(weight, spec.scale_init)
             if spec.normalize and not module.computes_weight:
                 quantizer.fit_(module.weight)  # type: ignore[arg-type]
+                module.normalize_(True)
         else:
             calibrate(path, quantizer, weight.detach())
         shared[weight_key(module)] = module

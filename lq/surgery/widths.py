@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lq.nn import QuantLayer, named_quantized_layers
-from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
-from lq.spec import BOUNDED_QUANTIZERS, POINT_QUANTIZERS, LayerSpec, QuantSpec
+from lq.quantizers import Quantizer, WeightNormalizer, build_activation_quantizer, build_weight_quantizer
+from lq.spec import POINT_QUANTIZERS, LayerSpec, QuantSpec
 from lq.surgery.plan import make_plan
 from lq.surgery.report import SwapReport
 from lq.surgery.swap import swap_report
@@ -42,19 +42,26 @@ def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec], *, calibrate: b
         calibrate: whether to set the new levels from the weights; False where a file will bring them.
     """
     rebuilt: dict[Quantizer, Quantizer] = {}
+    normalizers: dict[Quantizer, WeightNormalizer | None] = {}
     for path, layer in named_quantized_layers(model).items():
         new, old = specs[path], layer.layer_spec
         if new == old:
             continue
         assert isinstance(old, LayerSpec)
         layer.layer_spec = new  # type: ignore[assignment]
+        points = bool({new.quantizer, old.quantizer} & set(POINT_QUANTIZERS))
+        codes = layer.weight_quantizer.codes
+        if not points:
+            layer.weight_quantizer.adopt_(new)
         if new.normalize != old.normalize:
             layer.normalize_(new.normalize)
-        if {new.quantizer, old.quantizer} & {*POINT_QUANTIZERS, *BOUNDED_QUANTIZERS}:
+            if new.normalize:  # of layers that share their weight one
+                shared = normalizers.setdefault(layer.weight_quantizer, layer.weight_normalizer)
+                layer.weight_normalizer = shared
+        if points:
             _rebuild(layer, new, rebuilt, calibrate)
             continue
-        if layer.weight_quantizer.codes != new.weight_codes:
-            layer.weight_quantizer.codes = new.weight_codes
+        if codes != new.weight_codes:
             if calibrate:
                 layer.weight_quantizer.calibrate_(layer.float_weight(bounded=False), new.scale_init)
         if layer.input_quantizer is not None:

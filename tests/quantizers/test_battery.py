@@ -16,7 +16,6 @@ from lq.functional.learned_steps import learned_step_quantize
 from lq.functional.log_levels import log_round, power_of_two_scale
 from lq.quantizers import (
     REGISTRY,
-    A2QQuantizer,
     APoTQuantizer,
     LearnedStepsQuantizer,
     LogQuantizer,
@@ -101,9 +100,6 @@ def reference(quantizer, weight):
         return quantizer.layout.unrows(torch.from_numpy(near), weight.shape)
     codes = quantizer.codes
     scale = quantizer.layout.broadcast(quantizer.scale.detach()).expand_as(weight).double().numpy()
-    if isinstance(quantizer, A2QQuantizer):
-        toward = np.trunc(np.clip(weight.double().numpy() / scale, codes.lo, codes.hi))
-        return torch.from_numpy(toward * scale)
     return torch.from_numpy(numpy_reference.hard(weight.double().numpy(), scale, codes.lo, codes.hi, codes.offset))
 
 
@@ -153,8 +149,6 @@ def test_module_equals_function(made):
         hard, cap = spec.forward == "hard", spec.slope_backward_max or float("inf")
         extra = {"staircase": spec.staircase, "hard": hard, "slope_backward_max": cap}
         expected = soft_staircase(weight, scale, quantizer.slope, **codes, **extra)
-    elif isinstance(quantizer, A2QQuantizer):
-        expected = hard_quantize(weight, scale, toward_zero=True, **codes)
     elif spec.quantizer == "dsq":
         expected = dsq_quantize(weight, scale, quantizer.alpha, **codes)
     elif spec.quantizer == "pact":

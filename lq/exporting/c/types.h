@@ -24,7 +24,7 @@ typedef struct { /* what happens to a result before it is kept */
 
 typedef struct {
     const uint8_t *packed; /* weights, `bits` each, from the lowest bit upwards */
-    const int16_t *table;  /* integer of each code; or of each shifter a group, 2 * place + sign, LQ_GROUPS for an idle one */
+    const int16_t *table;  /* integer of each code; or of each shifter a group: 2 * place + sign, LQ_GROUPS where idle */
     const int32_t *m;
     const int64_t *b;
     const uint8_t *n;      /* result = (sum * m + b) >> n, per output channel */
