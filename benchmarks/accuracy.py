@@ -46,6 +46,14 @@ METHODS = {
 }
 # weight decay falls with the width, as for LSQ (Esser et al. 2020, section 3)
 WEIGHT_DECAY = {2: 0.25e-4, 3: 0.5e-4}
+EXTRAS = {  # as in rows and on the command line
+    "none": ("none", []),
+    "distill": ("distillation, batch norms", ["callbacks=distill", "schedule.reestimate_bn=20"]),
+    "teacher": (
+        "teacher alone, batch norms",
+        ["callbacks=distill", "callbacks.distillation.task_weight=0", "schedule.reestimate_bn=20"],
+    ),
+}
 KEY = "network bits method extras epochs lr seed".split()
 FIELDS = [*KEY, "held_out", "test", "float", "seconds"]
 RECIPES = {
@@ -69,11 +77,9 @@ def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> lis
         "experiment=accuracy",
         "seed=" + ",".join(map(str, seeds)),
     ]
-    if options.extras:
-        given.append("callbacks=distill")
+    given += [extra for extra in EXTRAS[options.extras][1] if not (plain and extra.startswith("schedule."))]
     if not plain:
         given += [f"quantizer.bits={options.bits}", "quantizer.granularity=tensor"]
-        given += ["schedule.reestimate_bn=20"] if options.extras else []
     return given + options.set
 
 
@@ -113,8 +119,7 @@ def _percent(value: float | None) -> str:
 def _key(options: argparse.Namespace, method: str, seed: int) -> dict[str, str]:
     """What tells rows apart."""
     name = " ".join([method, *options.set]) if options.set else method
-    extras = "distillation, batch norms" if options.extras else "none"
-    values = (options.network, options.bits, name, extras, options.epochs, options.lr, seed)
+    values = (options.network, options.bits, name, EXTRAS[options.extras][0], options.epochs, options.lr, seed)
     return dict(zip(KEY, map(str, values), strict=True))
 
 
@@ -196,7 +201,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.01, help="peak learning rate of all methods")
-    parser.add_argument("--no-extras", dest="extras", action="store_false", help="no distillation, no re-estimation")
+    parser.add_argument(
+        "--extras",
+        choices=EXTRAS,
+        default="distill",
+        help="distillation beside the task's loss, or from the teacher alone; both re-estimate batch norms",
+    )
     parser.add_argument("--trial", action="store_true", help="held-out images only")
     parser.add_argument("--set", nargs="*", default=[], help="further overrides, part of the method's name")
     parser.add_argument("--show", action="store_true", help="print and draw what there is")

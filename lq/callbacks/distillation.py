@@ -28,7 +28,8 @@ class SelfDistillation(Callback):
     Args:
         student: path of the network in the module, such as "model".
         teacher: any other network that takes the same inputs; None for the student's float copy.
-        weight: factor of the divergence; the task's loss keeps the factor 1.
+        weight: factor of the divergence.
+        task_weight: factor of the task's loss; 0 learns from the teacher alone, so that labels do not matter.
         temperature: that softens both.
         features: paths in the student whose outputs shall resemble the teacher's, too.
         feature_weight: factor of the mean of their `lq.functional.distillation.feature_loss`.
@@ -36,7 +37,8 @@ class SelfDistillation(Callback):
         dim: of the classes.
 
     Raises:
-        ValueError: for a negative weight, a temperature that is not positive, or features without a weight.
+        ValueError: for a negative weight, weights that leave no loss, a temperature that is not positive, or features
+            without a weight.
 
     Source: Hinton et al. 2015; with the float copy as teacher, Esser et al., ICLR 2020, section 3.5.
 
@@ -51,6 +53,7 @@ class SelfDistillation(Callback):
         *,
         teacher: nn.Module | None = None,
         weight: float = 1.0,
+        task_weight: float = 1.0,
         temperature: float = 1.0,
         features: Sequence[str] = (),
         feature_weight: float = 0.0,
@@ -59,16 +62,19 @@ class SelfDistillation(Callback):
     ) -> None:
         """Validate; nothing is touched before `setup`."""
         super().__init__()
-        for name, value in {"weight": weight, "feature_weight": feature_weight}.items():
+        for name, value in {"weight": weight, "task_weight": task_weight, "feature_weight": feature_weight}.items():
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}: 1 is usual, 0 switches it off")
+        if not (weight or task_weight or feature_weight):
+            raise ValueError("weight and task_weight must not both be 0, which leaves no loss: set weight=1")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}: 1 is usual")
         if bool(features) != (feature_weight > 0):
             raise ValueError(
                 f"features and feature_weight belong together, got {list(features)} and {feature_weight}: give both"
             )
-        self.student, self.weight, self.temperature = student, weight, temperature
+        self.student, self.temperature = student, temperature
+        self.weight, self.task_weight = weight, task_weight
         self.features, self.feature_weight = list(features), feature_weight
         self.logits, self.dim = logits or _as_logits, dim
         self.given, self.teacher = teacher, None
@@ -191,7 +197,7 @@ class SelfDistillation(Callback):
         return term
 
     def _add(self, pl_module: LightningModule, returned: Any) -> Any:
-        """The loss with the divergence added, in the form that it was returned in."""
+        """The weighted loss with the divergence added, in the form that it was returned in."""
         if returned is None or not torch.is_grad_enabled():
             return returned
         if not self._terms:
@@ -199,8 +205,8 @@ class SelfDistillation(Callback):
         term = torch.stack(self._terms).mean()
         pl_module.log(metric("distillation_loss"), term.detach())
         if isinstance(returned, dict):
-            return {**returned, "loss": returned["loss"] + term}
-        return returned + term
+            return {**returned, "loss": self.task_weight * returned["loss"] + term}
+        return self.task_weight * returned + term
 
     def _release(self) -> None:
         for handle in self._handles:

@@ -29,10 +29,10 @@ def module(kind=Plain):
 class ByHand(Plain):
     """The same loss written out in training_step."""
 
-    def __init__(self, teacher, weight, temperature, features=0.0):
+    def __init__(self, teacher, weight, temperature, features=0.0, task=1.0):
         super().__init__(mlp(), optimizer=sgd)
         self.given = [teacher]  # in a list: no part of the module
-        self.weight, self.temperature, self.features = weight, temperature, features
+        self.weight, self.temperature, self.features, self.task = weight, temperature, features, task
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -41,24 +41,24 @@ class ByHand(Plain):
             t = self.given[0](x)
         p = F.softmax(t / self.temperature, 1)
         divergence = (p * (p.log() - F.log_softmax(z / self.temperature, 1))).sum(1).mean() * self.temperature**2
-        loss = F.cross_entropy(z, y) + self.weight * divergence
+        loss = self.task * F.cross_entropy(z, y) + self.weight * divergence
         if self.features:
             mine, theirs = self.net[:2](x), self.given[0][:2](x).detach()
             loss = loss + self.features * (mine - theirs).square().mean() / theirs.square().mean()
         return loss
 
 
-@pytest.mark.parametrize(("temperature", "features"), [(1.0, 0.0), (3.0, 0.5)])
+@pytest.mark.parametrize(("temperature", "features", "task"), [(1.0, 0.0, 1.0), (3.0, 0.5, 1.0), (1.0, 0.0, 0.2)])
 @pytest.mark.parametrize("first", ["distillation", "quantization"])
-def test_it_trains_as_the_same_loss_written_out(temperature, features, first):
+def test_it_trains_as_the_same_loss_written_out(temperature, features, task, first):
     plain, float_copy = module(), copy.deepcopy(module().net)
     extra = {"features": ["1"], "feature_weight": features} if features else {}
     callbacks = [
-        lq.SelfDistillation("net", weight=0.7, temperature=temperature, **extra),
+        lq.SelfDistillation("net", weight=0.7, task_weight=task, temperature=temperature, **extra),
         lq.LearnedQuantization(**SMOOTH),
     ]
     fit(plain, callbacks if first == "distillation" else callbacks[::-1], loader(), precision="64-true")
-    hand = ByHand(copy.deepcopy(float_copy).double(), 0.7, temperature, features)
+    hand = ByHand(copy.deepcopy(float_copy).double(), 0.7, temperature, features, task)
     hand.net.load_state_dict(float_copy.state_dict())
     fit(hand, [lq.LearnedQuantization(**SMOOTH)], loader(), precision="64-true")
     for (name, ours), theirs in zip(plain.state_dict().items(), hand.state_dict().values(), strict=True):
@@ -137,6 +137,23 @@ def test_another_teacher_and_outputs_that_hold_logits():
         fit(Taking(Wrapped(), optimizer=sgd), [lq.SelfDistillation("net")], loader())
 
 
+class Mislabelled(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x, (y + 1) % 4), batch_idx)
+
+
+def test_without_the_tasks_loss_labels_do_not_matter():
+    nets = []
+    for kind in (Plain, Mislabelled):
+        plain = module(kind)
+        fit(plain, [lq.SelfDistillation("net", task_weight=0.0), lq.LearnedQuantization(**QUANTIZATION)], loader())
+        nets.append(plain.net.state_dict())
+    for name, value in nets[0].items():
+        assert torch.equal(value, nets[1][name]), name
+    assert not torch.equal(nets[0]["0.weight"], module().net[0].weight)
+
+
 class Elsewhere(Plain):
     def training_step(self, batch, batch_idx):
         return self.net[0](batch[0]).square().mean()
@@ -162,6 +179,8 @@ def test_what_cannot_be_is_said(make, settings, message):
     ("settings", "message"),
     [
         ({"weight": -1}, "weight must not be negative, got -1"),
+        ({"task_weight": -1}, "task_weight must not be negative, got -1"),
+        ({"weight": 0, "task_weight": 0}, "weight and task_weight must not both be 0"),
         ({"temperature": 0}, "temperature must be positive, got 0"),
         ({"features": ["1"]}, "features and feature_weight belong together"),
         ({"feature_weight": 1.0}, "features and feature_weight belong together"),
