@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +46,7 @@ METHODS = {
     "soft, mid-rise, no regularizer": ["quantizer=soft", MID_RISE, "schedule=plain"],
 }
 # weight decay falls with the width, as for LSQ (Esser et al. 2020, section 3)
-WEIGHT_DECAY = {2: 0.25e-4, 3: 0.5e-4}
+DECAY_FACTOR = {2: 0.25, 3: 0.5}
 EXTRAS = {  # as in rows and on the command line
     "none": ("none", []),
     "distill": ("distillation, batch norms", ["callbacks=distill", "schedule.reestimate_bn=20"]),
@@ -53,25 +54,55 @@ EXTRAS = {  # as in rows and on the command line
         "teacher alone, batch norms",
         ["callbacks=distill", "callbacks.distillation.task_weight=0", "schedule.reestimate_bn=20"],
     ),
+    "resnet56": (
+        "ResNet-56 alone, batch norms",
+        [
+            "callbacks=teacher",
+            "callbacks.distillation.task_weight=0",
+            "callbacks.distillation.teacher.name=cifar_resnet56",
+            "callbacks.distillation.teacher.checkpoint=${oc.env:LQ_DATA}/cifar10_resnet56.safetensors",
+            "schedule.reestimate_bn=20",
+        ],
+    ),
 }
 KEY = "network bits method extras epochs lr seed".split()
 FIELDS = [*KEY, "held_out", "test", "float", "seconds"]
-RECIPES = {
-    "resnet20": ["recipes=cifar10_resnet20"],
-    "resnet56": ["recipes=cifar10_resnet20", "model.name=cifar_resnet56"],
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a float network is fine-tuned, whatever quantizes it."""
+
+    recipe: list[str]
+    checkpoint: str
+    lr: float = 0.01
+    weight_decay: float = 1e-4
+    epochs: int = 3
+    extras: str = "distill"
+    granularity: str = "tensor"
+
+
+RESNET = ["recipes=cifar10_resnet20", "model.channels_last=true"]
+NETWORKS = {
+    "resnet20": Network(RESNET, "cifar10_resnet20"),
+    "resnet56": Network([*RESNET, "model.name=cifar_resnet56"], "cifar10_resnet56"),
+    "vit": Network(["recipes=cifar10_vit"], "cifar10_vit_timm", lr=5e-4, weight_decay=0.05),
+    # one image per class: labels of what trains say nothing of what is scored
+    "mobilenetv1": Network(
+        ["recipes=imagenet_mobilenetv1"], "in1k_mobilenetv1_075", epochs=10, extras="teacher", granularity="channel"
+    ),
 }
 
 
 def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> list[str]:
     """What ``lq train --multirun`` gets for one method."""
-    plain = method == "float"
+    plain, network = method == "float", NETWORKS[options.network]
     given = [
-        *RECIPES[options.network],
+        *network.recipe,
         *METHODS[method],
-        "model.channels_last=true",
-        f"model.checkpoint={os.environ['LQ_DATA']}/cifar10_{options.network}.safetensors",
+        f"model.checkpoint={os.environ['LQ_DATA']}/{network.checkpoint}.safetensors",
         f"optimizer.lr={options.lr}",
-        f"optimizer.weight_decay={WEIGHT_DECAY.get(options.bits, 1e-4)}",
+        f"optimizer.weight_decay={network.weight_decay * DECAY_FACTOR.get(options.bits, 1.0)}",
         f"trainer.max_epochs={options.epochs}",
         f"test={'false' if options.trial else 'true'}",
         "experiment=accuracy",
@@ -79,7 +110,7 @@ def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> lis
     ]
     given += [extra for extra in EXTRAS[options.extras][1] if not (plain and extra.startswith("schedule."))]
     if not plain:
-        given += [f"quantizer.bits={options.bits}", "quantizer.granularity=tensor"]
+        given += [f"quantizer.bits={options.bits}", f"quantizer.granularity={network.granularity}"]
     return given + options.set
 
 
@@ -93,7 +124,7 @@ def run(options: argparse.Namespace, method: str, seeds: list[int], path: Path) 
         finally:
             outcomes = {int(f.parent.name): json.loads(f.read_text()) for f in Path(folder).glob("*/outcome.json")}
             seconds = (time.perf_counter() - start) / max(1, len(outcomes))
-            _append(path, [_row(_key(options, method, seed), found, seconds) for seed, found in outcomes.items()])
+            _append(path, [_row(key_of(options, method, seed), found, seconds) for seed, found in outcomes.items()])
 
 
 def _row(key: dict[str, str], outcome: dict, seconds: float) -> dict[str, str]:
@@ -116,22 +147,22 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
-def _key(options: argparse.Namespace, method: str, seed: int) -> dict[str, str]:
+def key_of(options: argparse.Namespace, method: str, seed: int) -> dict[str, str]:
     """What tells rows apart."""
     name = " ".join([method, *options.set]) if options.set else method
     values = (options.network, options.bits, name, EXTRAS[options.extras][0], options.epochs, options.lr, seed)
     return dict(zip(KEY, map(str, values), strict=True))
 
 
-def _rows(path: Path) -> list[dict]:
+def rows_of(path: Path) -> list[dict]:
     return list(csv.DictReader(path.open())) if path.is_file() else []
 
 
 def fill(options: argparse.Namespace, path: Path) -> None:
     """Run what the file lacks."""
     for method in options.methods:
-        there = [{k: row[k] for k in KEY} for row in _rows(path)]
-        missing = [seed for seed in options.seeds if _key(options, method, seed) not in there]
+        there = [{k: row[k] for k in KEY} for row in rows_of(path)]
+        missing = [seed for seed in options.seeds if key_of(options, method, seed) not in there]
         if missing:
             run(options, method, missing, path)
 
@@ -139,7 +170,7 @@ def fill(options: argparse.Namespace, path: Path) -> None:
 def _cells(path: Path, network: str) -> dict[str, dict[str, list[float]]]:
     """Accuracies by method, with extras, epochs and learning rate where they are not the usual ones, then by width."""
     cells: dict[str, dict[str, list[float]]] = {}
-    rows = [row for row in _rows(path) if row["network"] == network]
+    rows = [row for row in rows_of(path) if row["network"] == network]
     usual = {name: statistics.mode(row[name] for row in rows) for name in ("extras", "epochs", "lr") if rows}
     for row in rows:
         unusual = [f"{column} {row[column]}" for column, value in usual.items() if row[column] != value]
@@ -154,15 +185,18 @@ def show(path: Path, network: str) -> str:
     widths = sorted({width for columns in cells.values() for width in columns})
     lines = ["| | " + " | ".join(f"W{w}A{w}" for w in widths) + " |", "| --- |" + " --: |" * len(widths)]
     for name, columns in cells.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(columns.get(w, [])) for w in widths) + " |")
+        lines.append(f"| {name} | " + " | ".join(spread(columns.get(w, [])) for w in widths) + " |")
     return "\n".join(lines)
 
 
-def _cell(values: list[float]) -> str:
+def spread(values: list[float], *, sign: bool = False) -> str:
+    """Mean, and standard error where there are several."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):{'+' if sign else ''}.2f}"
     if len(values) < 2:
-        return f"{values[0]:.2f}" if values else ""
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.2f} ± {error:.2f} ({len(values)})"
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.2f} ({len(values)})"
 
 
 def picture(path: Path, network: str) -> Path:
@@ -192,25 +226,32 @@ def picture(path: Path, network: str) -> Path:
     return target
 
 
+def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    """What was not given, as is usual for the network."""
+    usual = NETWORKS[options.network]
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**{"lr": usual.lr, "epochs": usual.epochs, "extras": usual.extras, **given})
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=RECIPES, default="resnet20")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=0.01, help="peak learning rate of all methods")
+    parser.add_argument("--epochs", type=int, help="without it 3, 10 for MobileNet")
+    parser.add_argument("--lr", type=float, help="peak learning rate of all methods; without it the network's own")
     parser.add_argument(
         "--extras",
         choices=EXTRAS,
-        default="distill",
-        help="distillation beside the task's loss, or from the teacher alone; both re-estimate batch norms",
+        help="the float network teaches beside the task's loss, or alone (default for MobileNet), or ResNet-56 does alone; "
+        "all re-estimate batch norms",
     )
     parser.add_argument("--trial", action="store_true", help="held-out images only")
     parser.add_argument("--set", nargs="*", default=[], help="further overrides, part of the method's name")
     parser.add_argument("--show", action="store_true", help="print and draw what there is")
-    options = parser.parse_args()
+    options = with_defaults(parser.parse_args())
     path = RESULTS / ("accuracy_trials.csv" if options.trial else "accuracy.csv")
     if not options.show:
         fill(options, path)

@@ -1,17 +1,21 @@
 import os
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from safetensors.torch import save_file
 
 from lq._paths import home
-from lq.callbacks import HoldAtAlignment
+from lq.callbacks import HoldAtAlignment, SelfDistillation
 from lq.cli.config import GROUPS, build, register
 from lq.cli.help import help_text
 from lq.cli.schema import argument_docs
 from lq.cli.search_config import SEARCH_GROUPS, build_search, register_search
 from lq.experiment import run
+from lq.models.cifar_resnet import cifar_resnet20
 from lq.spec import QuantSpec
 
 GROUP_OPTIONS = sorted((p.parent.name, p.stem) for p in (home() / "conf").glob("*/*.yaml"))
@@ -23,6 +27,7 @@ REQUIRED = {
     "data=imagepack": ["data.path=/nowhere"],
     "recipes=search_imagenet_timm": ["data.root=/nowhere"],
     "recipes=imagenet_timm": ["data.root=/nowhere"],
+    "callbacks=teacher": ["callbacks.distillation.teacher.name=cifar_resnet56"],
     "model=timm": ["model.name=resnet18"],
 }
 
@@ -114,6 +119,19 @@ def test_objects_are_built_from_the_configuration(tmp_path, monkeypatch):
     assert type(settings.data).__name__ == "DigitsData"
     assert [type(c).__name__ for c in settings.callbacks] == ["ModelCheckpoint"]
     assert not list(tmp_path.glob("mlflow*"))
+
+
+def test_another_network_teaches(tmp_path):
+    larger = cifar_resnet20(in_chans=1)
+    save_file(larger.state_dict(), tmp_path / "larger.safetensors")
+    teacher = "callbacks.distillation.teacher"
+    given = [f"{teacher}.name=cifar_resnet20", f"{teacher}.checkpoint={tmp_path}/larger.safetensors"]
+    settings = build(composed("callbacks=teacher", *given, "logger=csv"))
+    (distillation,) = [c for c in settings.callbacks if isinstance(c, SelfDistillation)]
+    assert torch.equal(distillation.given.conv1.weight, larger.conv1.weight)
+    assert settings.model["name"] == "cifar_resnet8"
+    with pytest.raises(MissingMandatoryValue, match="teacher.name"):
+        build(compose("config", ["callbacks=teacher", "logger=csv", "output_dir=/tmp/unused"]))
 
 
 def test_the_baseline_comes_without_our_regularizer():

@@ -1,0 +1,96 @@
+"""What each part of the soft staircase's training is worth: one changed at a time, the same seeds, budget and extras.
+
+    LQ_DATA=/path python benchmarks/ablation.py --bits 2 --seeds 0 1 2
+
+Every row is a short fine-tuning as in ``accuracy.py --trial`` (one epoch, distillation, batch norms re-estimated),
+scored on 5000 held-out training images after its last epoch; the test set is not read. Rows are those of
+accuracy_trials.csv: what is there is kept. Prints, for each change, the accuracy and its difference from the unchanged
+method, seed by seed.
+"""
+
+import argparse
+
+from accuracy import EXTRAS, METHODS, NETWORKS, RESULTS, fill, key_of, rows_of, spread, with_defaults
+
+PATH = RESULTS / "accuracy_trials.csv"
+BASE = "soft, mid-rise, no regularizer"
+CHANGES = {
+    "unchanged": [],
+    "weights: hard forward": ["quantizer.forward=hard"],
+    "activations: soft forward": ["quantizer.activation_forward=soft"],
+    "slope: 16 from the start": ["schedule.slope_start=16"],
+    "slope: to 8": ["schedule.slope_end=8"],
+    "slope: to 32": ["schedule.slope_end=32"],
+    "slope: rises to the end, is not held": ["schedule.anneal_steps=1.0"],
+    "slope: held at alignment 0.95": [
+        "+schedule.hold._target_=lq.HoldAtAlignment",
+        "+schedule.hold.threshold=0.95",
+    ],
+    "backward: no cap": ["quantizer.slope_backward_max=null"],
+    "backward: cap 1": ["quantizer.slope_backward_max=1"],
+    "levels: mid-tread": ["quantizer.grid=mid_tread"],
+    "scales: per channel": ["quantizer.granularity=channel"],
+    "regularizer: nearest, strength 1": ["schedule.regularizer=nearest"],
+    "regularizer: nearest, strength 0.2": ["schedule.regularizer=nearest", "schedule.strength=0.2"],
+    "regularizer: l1, strength 1": ["schedule.regularizer=l1"],
+    "regularizer: sine, strength 1": ["schedule.regularizer=sine"],
+    "regularizer: nearest, scales learn from it": [
+        "schedule.regularizer=nearest",
+        "schedule.regularizer_scale_gradient=true",
+    ],
+    "regularizer: nearest, of quantized weights": [
+        "schedule.regularizer=nearest",
+        "schedule.regularizer_on=quantized",
+    ],
+}
+
+
+def settings(options: argparse.Namespace, change: str) -> argparse.Namespace:
+    """What ``accuracy.py`` gets for one change."""
+    return argparse.Namespace(**vars(options), methods=[options.method], set=CHANGES[change], trial=True)
+
+
+def found(options: argparse.Namespace, change: str) -> dict[int, float]:
+    """Accuracy by seed."""
+    wanted = {seed: key_of(settings(options, change), options.method, seed) for seed in options.seeds}
+    rows = rows_of(PATH)
+    return {
+        seed: float(row["held_out"])
+        for seed, key in wanted.items()
+        for row in rows
+        if all(row[name] == value for name, value in key.items())
+    }
+
+
+def show(options: argparse.Namespace) -> str:
+    """Accuracy and difference from the unchanged method as a table in Markdown."""
+    base = found(options, "unchanged")
+    lines = [f"| W{options.bits}A{options.bits}, held-out images | accuracy | difference |", "| --- | --: | --: |"]
+    for change in CHANGES:
+        values = found(options, change)
+        differences = [values[seed] - base[seed] for seed in values if seed in base]
+        lines.append(f"| {change} | {spread(list(values.values()))} | {spread(differences, sign=True)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
+    parser.add_argument("--method", choices=METHODS, default=BASE, help="what is changed")
+    parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
+    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--extras", choices=EXTRAS, help="as in accuracy.py")
+    parser.add_argument("--show", action="store_true", help="print what there is")
+    options = with_defaults(parser.parse_args())
+    if not options.show:
+        for change in options.changes:
+            fill(settings(options, change), PATH)
+    print(show(options))
+
+
+if __name__ == "__main__":
+    main()
