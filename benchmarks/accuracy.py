@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument(
         "--extras",
         choices=EXTRAS,
-        help="the float network teaches beside the task's loss, or alone (default for MobileNet), or ResNet-56 does alone; "
+        help="the float network teaches beside the task's loss, or alone (default for MobileNet), or ResNet-56 does; "
         "all re-estimate batch norms",
     )
     parser.add_argument("--trial", action="store_true", help="held-out images only")
