@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lq.functional.candidates import choices
-from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange, code_range
+from lq.functional.levels import GRIDS, MAX_BITS, MIN_BITS, CodeRange, code_range
 from lq.functional.scale import SCALE_INITS
 from lq.functional.soft import STAIRCASES
 
@@ -40,8 +40,9 @@ class LayerSpec:
         activation: levels of the layer's input: "signed", "unsigned" (after a non-negative activation), "auto"
             (decided from calibration data), or null for weight-only quantization.
         levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, else even.
-        grid: of weights: "mid_tread" (zero is a level), "mid_rise" (levels at +-s/2, +-3s/2, ...), or "full_range"
-            (zero, and one level more below it than above: the {-2, -1, 0, 1} of LSQ's authors at 2 bits).
+        grid: of weights: "mid_tread" (zero is a level), "mid_rise" (levels at +-s/2, +-3s/2, ...), "full_range" (zero,
+            and one level more below it than above: the {-2, -1, 0, 1} of LSQ's authors at 2 bits), or "auto": mid_rise
+            for the soft staircase at 2 bits, mid_tread elsewhere.
         granularity: one weight scale per "tensor" or per output "channel".
         quantizer: name of the method: "soft" (annealed soft staircase), "lsq" (hard, straight-through), "subset" (the
             staircase onto the best subset of candidates), "codebook" (onto free levels), or another one of those that
@@ -81,7 +82,7 @@ class LayerSpec:
     activation_bits: int | str = "same"
     activation: str | None = "auto"
     levels: int | None = None
-    grid: str = "mid_tread"
+    grid: str = "auto"
     granularity: str = "tensor"
     quantizer: str = "soft"
     forward: str = "soft"
@@ -119,7 +120,8 @@ class LayerSpec:
             raise ValueError(
                 f"slope_backward_max must be positive or None, got {self.slope_backward_max!r}: use None for no cap"
             )
-        code_range(self.bits, levels=self.levels, grid=self.grid)
+        _require("grid", self.grid, ("auto", *GRIDS))
+        code_range(self.bits, levels=self.levels, grid=self.weight_grid)
         if not 8 <= self.accumulator_bits <= 32:
             raise ValueError(f"accumulator_bits must lie from 8 to 32, got {self.accumulator_bits!r}: 16 is usual")
         if self.fold_norms and (self.quantizer != "minmax" or self.granularity != "tensor"):
@@ -140,9 +142,17 @@ class LayerSpec:
                 choices(self.activation_candidates, self.activation_codes(signed).bits + (not signed), words=self.words)
 
     @property
+    def weight_grid(self) -> str:
+        """What "auto" stands for: three levels lose much against four, a level at zero costs little among more."""
+        if self.grid != "auto":
+            return self.grid
+        even = self.bits == 2 if self.levels is None else isinstance(self.levels, int) and self.levels % 2 == 0
+        return "mid_rise" if self.quantizer == "soft" and even else "mid_tread"
+
+    @property
     def weight_codes(self) -> CodeRange:
         """Code range of the weights."""
-        return code_range(self.bits, levels=self.levels, grid=self.grid)
+        return code_range(self.bits, levels=self.levels, grid=self.weight_grid)
 
     def activation_codes(self, signed: bool) -> CodeRange:
         """Code range of the input: always with a zero level, because padding inserts zeros.
@@ -235,7 +245,7 @@ class QuantSpec(LayerSpec):
             if matches(pattern, path, class_names):
                 widened = {"levels": None} if "bits" in changes else {}
                 spec = replace(spec, **{**widened, **changes})
-        return spec
+        return replace(spec, grid=spec.weight_grid)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantSpec":

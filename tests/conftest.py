@@ -11,14 +11,18 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _reproducible(monkeypatch: pytest.MonkeyPatch):
+def _reproducible():
     """The same random numbers in every test, no store or sweep inherited from the shell, no process group left over."""
-    for name in ("MLFLOW_TRACKING_URI", "LQ_PARENT_RUN_ID"):
-        monkeypatch.setenv(name, "")  # so that what MLflow leaves there is gone before the next module's fixtures
-        monkeypatch.delenv(name)
+    _forget_stores()
     torch.manual_seed(0)
     yield
+    _forget_stores()  # what MLflow leaves there is gone before the next module's fixtures
     assert not torch.distributed.is_initialized(), "a test left its process group behind"
+
+
+def _forget_stores() -> None:
+    for name in ("MLFLOW_TRACKING_URI", "LQ_PARENT_RUN_ID"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

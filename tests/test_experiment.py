@@ -79,7 +79,7 @@ def test_mixed_widths_are_found_trained_and_resumed(tmp_path, capsys):
     again = run(settings(tmp_path / "two", average_bits=3.5, ckpt_path=last))
     assert again.size == outcome.size
     other = lq.QuantSpec(quantizer="lsq", grid="mid_rise", overrides={"model.layer1.*": {"granularity": "channel"}})
-    with pytest.raises(ValueError, match="they differ in grid: checkpoint 'mid_tread', callback 'mid_rise'"):
+    with pytest.raises(ValueError, match="they differ in grid: checkpoint 'auto', callback 'mid_rise'"):
         run(settings(tmp_path / "three", average_bits=3.5, ckpt_path=last, spec=other))
 
 

@@ -15,7 +15,8 @@ from lq.spec import LAYER_FIELDS, LayerSpec, matches
         ("activation_bits", "all", "activation_bits must be an integer from 2 to 8, got 'all'"),
         ("first_last_bits", 0, "first_last_bits must be an integer from 2 to 8, got 0"),
         ("activation", "relu", "activation must be one of .* got 'relu'"),
-        ("levels", 16, "levels must be odd for grid='mid_tread'.* got 16: use levels=15"),
+        ("levels", 257, "levels must be an integer from 3 to 256, got 257"),
+        ("levels", "many", "levels must be an integer from 3 to 256, got 'many'"),
         ("grid", "log", "grid must be one of .* got 'log'"),
         ("granularity", "row", "granularity must be one of .* got 'row'"),
         ("forward", "ste", "forward must be one of .* got 'ste'"),
@@ -77,4 +78,31 @@ def test_every_layer_field_can_be_overridden():
     assert {"bits", "activation", "levels", "quantizer", "granularity", "staircase"} <= set(LAYER_FIELDS)
     for name in LAYER_FIELDS:
         value = getattr(LayerSpec(), name)
-        assert QuantSpec(overrides={"*": {name: value}}).layer("x") == LayerSpec()
+        assert QuantSpec(overrides={"*": {name: value}}).layer("x") == LayerSpec(grid="mid_tread")
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid"),
+    [
+        ({"bits": 2}, "mid_rise"),
+        ({"bits": 3}, "mid_tread"),
+        ({"bits": 8, "levels": 4}, "mid_rise"),
+        ({"bits": 2, "levels": 3}, "mid_tread"),
+        ({"bits": 2, "grid": "mid_tread"}, "mid_tread"),
+        ({"bits": 4, "grid": "mid_rise"}, "mid_rise"),
+        ({"bits": 2, "quantizer": "lsq"}, "mid_tread"),
+    ],
+)
+def test_the_soft_staircase_has_no_zero_at_two_bits_unless_told(settings, grid):
+    spec = QuantSpec(**settings, overrides={"wide": {"bits": 8}})
+    assert spec.layer("a").grid == LayerSpec(**settings).weight_grid == grid
+    assert spec.layer("a").weight_codes.offset == (0.5 if grid == "mid_rise" else 0)
+    for wide in (spec.layer("wide"), spec.layer("a", first_or_last=True)):
+        assert wide.grid == ("mid_tread" if spec.grid == "auto" else spec.grid)
+
+
+def test_levels_must_fit_the_grid():
+    with pytest.raises(ValueError, match=r"levels must be odd for grid='mid_tread'.* got 16: use levels=15"):
+        QuantSpec(levels=16, quantizer="lsq")
+    with pytest.raises(ValueError, match="levels must be even for grid='mid_rise'.* got 15"):
+        QuantSpec(levels=15, grid="mid_rise")

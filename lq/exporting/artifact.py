@@ -23,6 +23,7 @@ from lq.surgery import caps_and_biases, layer_specs, rebuild
 __all__ = ["load", "load_with_header", "read_header", "save"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_UNSAID = {"grid": "mid_tread"}  # what a header means that does not say it, whatever the defaults are today
 
 
 @torch.no_grad()
@@ -262,7 +263,7 @@ def _specs(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str
             raise ArtifactError(f"the caps of {path!r} must be as many as stored, got {count!r:.80}")
     specs = {}
     for path, entry in header["layers"].items():
-        specs[path] = LayerSpec(**entry["spec"])
+        specs[path] = LayerSpec(**{**_UNSAID, **entry["spec"]})
         shape, source = entry["shape"], entry.get("tied", path)
         if not isinstance(shape, list) or not all(isinstance(n, int) and 0 < n < 2**31 for n in shape):
             raise ArtifactError(f"the shape of {path!r} must be positive integers, got {shape!r:.80}")
@@ -274,8 +275,8 @@ def _specs(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str
 
 
 def _changed(spec: LayerSpec) -> dict[str, Any]:
-    """The fields that differ from their defaults, and the width."""
-    plain = LayerSpec().to_dict()
+    """The fields that differ from what is meant where a header does not say, and the width."""
+    plain = {**LayerSpec().to_dict(), **_UNSAID}
     return {name: value for name, value in spec.to_dict().items() if value != plain[name] or name == "bits"}
 
 

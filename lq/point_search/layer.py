@@ -51,7 +51,7 @@ def search_layer(
         path=path,
         shape="x".join(map(str, weight.shape)),
         bits=quantizer.codes.bits,
-        quantizer=layer.quantizer if points is not None else f"uniform ({layer.grid})",
+        quantizer=layer.quantizer if points is not None else f"uniform ({layer.weight_grid})",
         points=points,
         powers=as_powers(points) if points is not None and layer.quantizer == "subset" else None,
         scale=float(quantizer.scale.mean()),
