@@ -10,9 +10,8 @@ from torch.nn.utils import parametrize
 
 from lq.nn import QuantLayer
 
-__all__ = ["GroupRules", "Rule", "decay_rules", "scale_rules"]
+__all__ = ["GroupRules", "Rule", "decay_rules"]
 
-_CHANGE = 0.5
 _DECAY_BY_BITS: Mapping[int, float] = {2: 0.25, 3: 0.5}
 
 
@@ -24,13 +23,11 @@ class Rule:
         parameters: concerned.
         lr: factor on the learning rate of their group.
         weight_decay: factor on its weight decay.
-        change: most that a step may change an element, relative to it; below 1 none changes its sign. None for any.
     """
 
     parameters: Sequence[nn.Parameter]
     lr: float = 1.0
     weight_decay: float = 1.0
-    change: float | None = None
 
 
 class GroupRules:
@@ -58,10 +55,9 @@ class GroupRules:
         self._optimizer = optimizer
         self._rules = {id(p): rule for rule in rules for p in rule.parameters}
         self._split_groups: list[tuple[dict[str, Any], list[Any], list[dict[str, Any]]]] = []
-        self._bounds: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._split),
-            optimizer.register_step_post_hook(self._finish),
+            optimizer.register_step_post_hook(self._merge),
             # a step that raised leaves the groups split; a checkpoint written then must not show it
             optimizer.register_state_dict_pre_hook(self._merge),
         ]
@@ -74,7 +70,6 @@ class GroupRules:
 
     def _split(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._merge(optimizer)
-        self._bounds.clear()
         for group in list(optimizer.param_groups):
             apart: dict[Rule, list[Any]] = {}
             for parameter in group["params"]:
@@ -86,7 +81,6 @@ class GroupRules:
             self._split_groups.append((group, group["params"], added))
             group["params"] = [p for p in group["params"] if id(p) not in self._rules]
             optimizer.param_groups.extend(added)
-            self._bounds += [bounds for rule, params in apart.items() for bounds in _bounds(rule, params)]
 
     @staticmethod
     def _group(group: dict[str, Any], rule: Rule, params: list[Any]) -> dict[str, Any]:
@@ -95,49 +89,11 @@ class GroupRules:
             apart["weight_decay"] = group["weight_decay"] * rule.weight_decay
         return apart
 
-    @torch.no_grad()
-    def _finish(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._merge(optimizer, *_)
-        for parameter, low, high in self._bounds:
-            parameter.clamp_(low, high)
-        self._bounds.clear()
-
     def _merge(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, params, added in self._split_groups:
             group["params"] = params
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if not any(g is a for a in added)]
         self._split_groups.clear()
-
-
-def _bounds(rule: Rule, params: list[Any]) -> list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]]:
-    """Where each parameter may end."""
-    if rule.change is None:
-        return []
-    found = [(p, p.detach(), rule.change * p.detach().abs()) for p in params]
-    return [(p, value - most, value + most) for p, value, most in found]
-
-
-def scale_rules(learned: Iterable[nn.Parameter], scales: Iterable[nn.Parameter], lr: float = 1.0) -> list[Rule]:
-    """No weight decay for what quantizers learn, and no scale that a step changes by more than half of itself.
-
-    The gradient of a scale does not shrink with it: a step of usual size can take a small one, as of 8 bits, past zero,
-    where it clips every weight, and from there momentum carries it away.
-
-    Args:
-        learned: what quantizers learn, scales and all else.
-        scales: those among them that are positive steps between levels.
-        lr: factor on the learning rate.
-
-    Returns:
-        The rules.
-
-    >>> scale, offset = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
-    >>> [(len(rule.parameters), rule.change) for rule in scale_rules([scale, offset], [scale])]
-    [(1, 0.5), (1, None)]
-    """
-    bounded = {id(p): p for p in scales}
-    others = tuple(p for p in learned if id(p) not in bounded)
-    return [Rule(tuple(bounded.values()), lr, 0.0, change=_CHANGE), Rule(others, lr, 0.0)]
 
 
 def decay_rules(layers: Iterable[QuantLayer]) -> list[Rule]:

@@ -16,7 +16,6 @@ __all__ = [
     "layer_statistics",
     "network_size",
     "parameter_groups",
-    "positive_scales",
     "scale_parameters",
     "scale_regularizer",
     "set_slope",
@@ -46,19 +45,6 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
     owners = [module for module in model.modules() if isinstance(module, Quantizer | WeightNormalizer)]
     return list({id(p): p for owner in owners for p in owner.parameters()}.values())
-
-
-def positive_scales(model: nn.Module) -> list[nn.Parameter]:
-    """Those of `scale_parameters` that are steps between levels, which have no meaning at zero and below.
-
-    Args:
-        model: a quantized model.
-
-    Returns:
-        The parameters.
-    """
-    found = [quantizer.scale for quantizer in quantizers(model)]
-    return list({id(p): p for p in found if isinstance(p, nn.Parameter)}.values())
 
 
 def set_slope(model: nn.Module, slope: float) -> None:

@@ -27,8 +27,8 @@ from lq.callbacks.patches import Patches
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
 from lq.callbacks.tracker import QuantizationTracker
 from lq.checkpoints import checkpoint_entry, restore_plan
-from lq.group_rules import GroupRules, decay_rules, scale_rules
-from lq.network import layer_statistics, positive_scales, scale_parameters, scale_regularizer, set_slope
+from lq.group_rules import GroupRules, Rule, decay_rules
+from lq.network import layer_statistics, scale_parameters, scale_regularizer, set_slope
 from lq.nn import QuantLayer, named_quantized_layers
 from lq.spec import QuantSpec
 from lq.surgery import SwapReport, apply_plan, execution_order, make_plan, run_example, swap_report
@@ -160,8 +160,7 @@ class LearnedQuantization(Callback):
         begins = self.annealing.step == 0
         follow_norms_on_training_batch(trainer, pl_module, self.calibration_forward, calibrate=begins)
         check_optimizers(trainer.optimizers, pl_module)
-        learned, scales = scale_parameters(pl_module), positive_scales(pl_module)
-        rules = scale_rules(learned, scales, self.anneal.scale_lr_factor)
+        rules = [Rule(tuple(scale_parameters(pl_module)), lr=self.anneal.scale_lr_factor, weight_decay=0.0)]
         rules += decay_rules(named_quantized_layers(pl_module).values()) if self.anneal.weight_decay_by_bits else []
         self._rules = [GroupRules(o, rules) for o in trainer.optimizers]
         self._collapsed_at_start = check_collapse(pl_module, layer_statistics(pl_module))

@@ -3,11 +3,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from lq.callbacks import HoldAtAlignment, HoldAtStep, HoldOnPlateau
 from lq.callbacks.guards import check_same_spec
+from lq.group_rules import decay_rules
 from lq.nn import named_quantized_layers
 from lq.surgery import find_layers
 from tests.helpers.modules import TRAINER, Manual, Plain, fit, loader, mlp, small_cnn
@@ -265,6 +267,17 @@ def test_what_ends_learn_must_be_in_the_optimizer():
         ValueError, match=r"example_input_array must be set for quantizer='nulsq': .* 'net.a' and 'net.h"
     ):
         fit(HeadFirst(), [lq.LearnedQuantization(quantizer="nulsq", regularizer=None)])
+
+
+def test_parametrized_weights_of_few_bits_decay_less_too():
+    layers = [nn.Linear(4, 4) for _ in range(4)]
+    parametrizations.weight_norm(layers[2])
+    model = nn.Sequential(*layers)
+    lq.quantize_model(model, lq.QuantSpec(bits=2))
+    (rule,) = decay_rules(layer for layer in model)
+    own = {id(p) for p in model[2].parametrizations.weight.parameters() if p.dim() > 1}
+    assert own
+    assert {id(p) for p in rule.parameters} == {id(model[1].weight)} | own
 
 
 @pytest.mark.parametrize("quantizer", ["qn", "nulsq", "apot", "log2"])
