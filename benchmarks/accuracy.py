@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-MID_RISE = "quantizer.grid=mid_rise"
+MID_RISE, MID_TREAD = "quantizer.grid=mid_rise", "quantizer.grid=mid_tread"
 METHODS = {
     "float": ["quantizer=none"],
     "lsq": ["quantizer=lsq"],
@@ -40,16 +40,19 @@ METHODS = {
     "dlq": ["quantizer=dlq"],
     "codebook": ["quantizer=codebook"],
     "subset": ["quantizer=subset"],
-    "soft": ["quantizer=soft"],
+    "soft": ["quantizer=soft", MID_TREAD],
     "soft, mid-rise": ["quantizer=soft", MID_RISE],
-    "soft, no regularizer": ["quantizer=soft", "schedule=plain"],
+    "soft, no regularizer": ["quantizer=soft", MID_TREAD, "schedule=plain"],
     "soft, mid-rise, no regularizer": ["quantizer=soft", MID_RISE, "schedule=plain"],
 }
 # weight decay falls with the width, as for LSQ (Esser et al. 2020, section 3)
 DECAY_FACTOR = {2: 0.25, 3: 0.5}
 EXTRAS = {  # as in rows and on the command line
-    "none": ("none", []),
-    "distill": ("distillation, batch norms", ["callbacks=distill", "schedule.reestimate_bn=20"]),
+    "none": ("none", ["callbacks=default", "schedule.reestimate_bn=0"]),
+    "distill": (
+        "distillation, batch norms",
+        ["callbacks=distill", "callbacks.distillation.task_weight=1", "schedule.reestimate_bn=20"],
+    ),
     "teacher": (
         "teacher alone, batch norms",
         ["callbacks=distill", "callbacks.distillation.task_weight=0", "schedule.reestimate_bn=20"],
@@ -80,6 +83,7 @@ class Network:
     epochs: int = 3
     extras: str = "distill"
     granularity: str = "tensor"
+    held_out: bool = True  # whether there are images beside those that train and those of the test
 
 
 RESNET = ["recipes=cifar10_resnet20", "model.channels_last=true"]
@@ -89,7 +93,12 @@ NETWORKS = {
     "vit": Network(["recipes=cifar10_vit"], "cifar10_vit_timm", lr=5e-4, weight_decay=0.05),
     # one image per class: labels of what trains say nothing of what is scored
     "mobilenetv1": Network(
-        ["recipes=imagenet_mobilenetv1"], "in1k_mobilenetv1_075", epochs=10, extras="teacher", granularity="channel"
+        ["recipes=imagenet_mobilenetv1"],
+        "in1k_mobilenetv1_075",
+        epochs=10,
+        extras="teacher",
+        granularity="channel",
+        held_out=False,
     ),
 }
 
@@ -229,6 +238,8 @@ def picture(path: Path, network: str) -> Path:
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     """What was not given, as is usual for the network."""
     usual = NETWORKS[options.network]
+    if getattr(options, "trial", True) and not usual.held_out:
+        sys.exit(f"--network {options.network} has no held-out images: settings cannot be chosen without the test's")
     given = {name: value for name, value in vars(options).items() if value is not None}
     return argparse.Namespace(**{"lr": usual.lr, "epochs": usual.epochs, "extras": usual.extras, **given})
 

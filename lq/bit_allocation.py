@@ -134,9 +134,12 @@ def _with_widths(spec: QuantSpec, plan: Plan, chosen: dict[str, int]) -> QuantSp
     """The spec with all that is special about any layer said by its path: no order of layers can change it."""
     common = replace(spec, first_last_bits=None, overrides={})
     overrides = {}
+    named = any("grid" in changes for changes in spec.overrides.values())
     for path, own in plan.specs.items():
         plain, bits = common.layer(path).to_dict(), {"bits": chosen[path]} if path in chosen else {}
         changes = {name: value for name, value in (own.to_dict() | bits).items() if value != plain[name]}
+        if spec.grid == "auto":  # follows the width that is chosen, but where some layer's was named
+            changes = {k: v for k, v in changes.items() if k != "grid"} | ({"grid": own.grid} if named else {})
         overrides[path] = changes | bits
     return replace(common, overrides={path: changes for path, changes in overrides.items() if changes})
 

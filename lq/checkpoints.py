@@ -48,6 +48,8 @@ def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpe
     """
     entry = _entry(checkpoint)
     saved, present = checkpoint_spec(checkpoint).to_dict(), spec.to_dict()
+    if "auto" in (saved["grid"], present["grid"]) and _same_grids(entry, model):
+        saved["grid"] = present["grid"]
     changes = [f"{k}: checkpoint {saved[k]!r}, callback {present[k]!r}" for k in saved if saved[k] != present[k]]
     if changes:
         raise ValueError(
@@ -84,6 +86,12 @@ def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     if entry["version"] > VERSION:
         raise ValueError(f"the checkpoint's lq version must be at most {VERSION}, got {entry['version']}: upgrade lq")
     return entry
+
+
+def _same_grids(entry: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether "auto" means in every layer what the other side names."""
+    saved = {path: LayerSpec(**values).weight_grid for path, values in entry["layers"].items()}
+    return saved == {path: spec.weight_grid for path, spec in layer_specs(model).items()}
 
 
 def _restore_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:

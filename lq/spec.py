@@ -42,7 +42,7 @@ class LayerSpec:
         levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, else even.
         grid: of weights: "mid_tread" (zero is a level), "mid_rise" (levels at +-s/2, +-3s/2, ...), "full_range" (zero,
             and one level more below it than above: the {-2, -1, 0, 1} of LSQ's authors at 2 bits), or "auto": mid_rise
-            for the soft staircase at 2 bits, mid_tread elsewhere.
+            for the soft staircase at 2 bits or an even number of levels, mid_tread elsewhere.
         granularity: one weight scale per "tensor" or per output "channel".
         quantizer: name of the method: "soft" (annealed soft staircase), "lsq" (hard, straight-through), "subset" (the
             staircase onto the best subset of candidates), "codebook" (onto free levels), or another one of those that
@@ -220,7 +220,7 @@ class QuantSpec(LayerSpec):
         for pattern, changes in self.overrides.items():
             for key in changes:
                 _require(f"overrides[{pattern!r}] key", key, LAYER_FIELDS)
-            replace(self._plain(), **changes)
+            replace(self._plain(), **_widened(changes))
 
     def _plain(self) -> LayerSpec:
         return LayerSpec(**{name: getattr(self, name) for name in LAYER_FIELDS})
@@ -243,8 +243,7 @@ class QuantSpec(LayerSpec):
             spec = replace(spec, accumulator_bits=32, **changes, **uniform)
         for pattern, changes in self.overrides.items():
             if matches(pattern, path, class_names):
-                widened = {"levels": None} if "bits" in changes else {}
-                spec = replace(spec, **{**widened, **changes})
+                spec = replace(spec, **_widened(changes))
         return replace(spec, grid=spec.weight_grid)
 
     @classmethod
@@ -264,6 +263,11 @@ class QuantSpec(LayerSpec):
         for key in values:
             _require("QuantSpec field", key, allowed, "remove it or correct its spelling")
         return cls(**values)
+
+
+def _widened(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """An override, which with a width drops an explicit number of levels."""
+    return {**({"levels": None} if "bits" in changes else {}), **changes}
 
 
 def _globs(name: str, value: Any) -> tuple[str, ...] | None:

@@ -116,6 +116,17 @@ def test_losses_that_are_no_numbers_choose_nothing():
         choose_within_budget(torch.tensor([[float("nan"), 1.0], [5.0, 1.0]]), torch.tensor([[2, 4], [2, 4]]), 8)
 
 
+def test_levels_follow_the_width_that_is_chosen():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    spec = lq.QuantSpec(bits=2, quantizer="lsq", overrides={"2": {"quantizer": "soft"}})
+    found = lq.allocate_bits(model, [torch.randn(32, 8)], spec, average_bits=6, widths=[4], progress=False)
+    assert (found.bits["2"], found.spec.layer("2").grid) == (4, "mid_tread")
+    named = lq.QuantSpec(bits=2, overrides={"2": {"grid": "mid_rise"}})
+    found = lq.allocate_bits(model, [torch.randn(32, 8)], named, average_bits=6, widths=[4], progress=False)
+    assert (found.bits["2"], found.spec.layer("2").grid) == (4, "mid_rise")
+
+
 class HeadFirst(nn.Module):
     """Registers its head before its body."""
 

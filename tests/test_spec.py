@@ -101,6 +101,11 @@ def test_the_soft_staircase_has_no_zero_at_two_bits_unless_told(settings, grid):
         assert wide.grid == ("mid_tread" if spec.grid == "auto" else spec.grid)
 
 
+def test_an_override_is_checked_as_the_layer_it_makes():
+    spec = QuantSpec(levels=4, overrides={"head": {"quantizer": "lsq", "bits": 8}})
+    assert spec.layer("head").weight_codes.levels == 255
+
+
 def test_levels_must_fit_the_grid():
     with pytest.raises(ValueError, match=r"levels must be odd for grid='mid_tread'.* got 16: use levels=15"):
         QuantSpec(levels=16, quantizer="lsq")

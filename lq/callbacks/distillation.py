@@ -204,9 +204,10 @@ class SelfDistillation(Callback):
             raise ValueError(f"student {self.student!r} must run in training_step, it did not: name the part that does")
         term = torch.stack(self._terms).mean()
         pl_module.log(metric("distillation_loss"), term.detach())
-        if isinstance(returned, dict):
-            return {**returned, "loss": self.task_weight * returned["loss"] + term}
-        return self.task_weight * returned + term
+        loss = returned["loss"] if isinstance(returned, dict) else returned
+        if self.task_weight:  # 0 times the loss of labels that are not there may be no number
+            term = self.task_weight * loss + term
+        return {**returned, "loss": term} if isinstance(returned, dict) else term
 
     def _release(self) -> None:
         for handle in self._handles:

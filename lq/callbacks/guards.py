@@ -28,7 +28,7 @@ __all__ = [
 
 CLIPPED_LIMIT = 0.99
 ZERO_LIMIT = 0.999
-_WIDTHS = ("bits", "activation_bits", "levels", "normalize", "accumulator_bits")  # in which ends differ
+_WIDTHS = ("bits", "activation_bits", "levels", "grid", "normalize", "accumulator_bits")  # in which ends differ
 
 
 def check_averaging_order(callbacks: Sequence[Any], callback: Any) -> None:

@@ -27,8 +27,8 @@ class ProgressiveBits(StepCounter):
     """Trains with more bits first: 8, then 4, then those of `LearnedQuantization`, in one fit.
 
     At each change levels are set anew, of weights from the weights and of inputs from training batches. Layers that end
-    with more bits than a stage has keep theirs. A `ModelCheckpoint` that keeps the best forgets, when the last stage
-    begins, what it saw before: those networks had other widths.
+    with more bits than a stage has keep theirs; all stages have the last one's ``grid``. A `ModelCheckpoint` that keeps
+    the best forgets, when the last stage begins, what it saw before: those networks had other widths.
 
     Args:
         bits: widths of the stages before the last, falling.

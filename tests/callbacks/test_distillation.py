@@ -26,6 +26,11 @@ def module(kind=Plain):
     return kind(mlp(), optimizer=sgd)
 
 
+class Returning(Plain):
+    def training_step(self, batch, batch_idx):
+        return {"loss": super().training_step(batch, batch_idx)}
+
+
 class ByHand(Plain):
     """The same loss written out in training_step."""
 
@@ -51,7 +56,7 @@ class ByHand(Plain):
 @pytest.mark.parametrize(("temperature", "features", "task"), [(1.0, 0.0, 1.0), (3.0, 0.5, 1.0), (1.0, 0.0, 0.2)])
 @pytest.mark.parametrize("first", ["distillation", "quantization"])
 def test_it_trains_as_the_same_loss_written_out(temperature, features, task, first):
-    plain, float_copy = module(), copy.deepcopy(module().net)
+    plain, float_copy = module(Returning if task < 1 else Plain), copy.deepcopy(module().net)
     extra = {"features": ["1"], "feature_weight": features} if features else {}
     callbacks = [
         lq.SelfDistillation("net", weight=0.7, task_weight=task, temperature=temperature, **extra),
@@ -140,17 +145,24 @@ def test_another_teacher_and_outputs_that_hold_logits():
 class Mislabelled(Plain):
     def training_step(self, batch, batch_idx):
         x, y = batch
-        return super().training_step((x, (y + 1) % 4), batch_idx)
+        return {"loss": super().training_step((x, (y + 1) % 4), batch_idx)}
+
+
+class Unlabelled(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), torch.full_like(y, -100))  # no number
 
 
 def test_without_the_tasks_loss_labels_do_not_matter():
     nets = []
-    for kind in (Plain, Mislabelled):
+    for kind in (Plain, Mislabelled, Unlabelled):
         plain = module(kind)
         fit(plain, [lq.SelfDistillation("net", task_weight=0.0), lq.LearnedQuantization(**QUANTIZATION)], loader())
         nets.append(plain.net.state_dict())
     for name, value in nets[0].items():
         assert torch.equal(value, nets[1][name]), name
+        assert torch.equal(value, nets[2][name]), name
     assert not torch.equal(nets[0]["0.weight"], module().net[0].weight)
 
 

@@ -280,6 +280,15 @@ def test_parametrized_weights_of_few_bits_decay_less_too():
     assert {id(p) for p in rule.parameters} == {id(model[1].weight)} | own
 
 
+def test_twins_whose_width_came_from_one_of_them_come_back():
+    wide = [layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    module = Plain(nn.Sequential(*wide, nn.Linear(8, 4)))
+    module.net[4].weight = module.net[2].weight
+    trainer = fit(module, [lq.LearnedQuantization(bits=2, overrides={"net.2": {"bits": 8}})])
+    assert module.net[4].weight_quantizer.codes.bits == 8
+    trainer.test(module, loader(), verbose=False)
+
+
 @pytest.mark.parametrize("quantizer", ["qn", "nulsq", "apot", "log2"])
 def test_a_network_of_the_same_spec_comes_back_and_another_is_named(quantizer):
     spec = {"quantizer": quantizer, "bits": 3}

@@ -27,7 +27,10 @@ REQUIRED = {
     "data=imagepack": ["data.path=/nowhere"],
     "recipes=search_imagenet_timm": ["data.root=/nowhere"],
     "recipes=imagenet_timm": ["data.root=/nowhere"],
-    "callbacks=teacher": ["callbacks.distillation.teacher.name=cifar_resnet56"],
+    "callbacks=teacher": [
+        "callbacks.distillation.teacher.name=cifar_resnet56",
+        "callbacks.distillation.teacher.checkpoint=null",
+    ],
     "model=timm": ["model.name=resnet18"],
 }
 

@@ -242,6 +242,19 @@ def test_loads_strictly_in_a_fresh_process(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
+@pytest.mark.parametrize(("bits", "grid"), [(4, "mid_tread"), (2, "mid_rise"), (2, "mid_tread")])  # ends have 8 bits
+def test_a_grid_that_was_named_goes_on_as_the_default_that_means_it(tmp_path, bits, grid):
+    settings = {**SETTINGS, "bits": bits, "quantizer": "soft"}
+    fit(Plain(), [lq.LearnedQuantization(**settings, grid=grid)]).save_checkpoint(tmp_path / "net.ckpt")
+    trainer = Trainer(**TRAINER, max_epochs=3, callbacks=[lq.LearnedQuantization(**settings)])
+    if bits == 2:
+        with pytest.raises(ValueError, match=f"differ in grid: checkpoint '{grid}', callback 'auto'"):
+            trainer.fit(Plain(), loader(), ckpt_path=tmp_path / "net.ckpt")
+    else:
+        trainer.fit(Plain(), loader(), ckpt_path=tmp_path / "net.ckpt")
+        assert trainer.current_epoch == 3
+
+
 def test_a_checkpoint_of_another_spec_says_what_differs(tmp_path):
     trainer = fit(Plain(), [lq.LearnedQuantization(**SETTINGS)])
     trainer.save_checkpoint(tmp_path / "net.ckpt")
