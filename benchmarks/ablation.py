@@ -1,6 +1,6 @@
 """What each part of the soft staircase's training is worth: one changed at a time, the same seeds, budget and extras.
 
-    LQ_DATA=/path python benchmarks/ablation.py --bits 2 --seeds 0 1 2
+    LQ_DATA=/path python benchmarks/ablation.py --bits 2
 
 Every row is a short fine-tuning as in ``accuracy.py --trial`` (one epoch, distillation, batch norms re-estimated),
 scored on 5000 held-out training images after its last epoch; the test set is not read. Rows are those of
@@ -23,6 +23,7 @@ CHANGES = {
         "schedule.regularizer=nearest",
         "schedule.strength_start=0.9",
     ],
+    "batch norms: not re-estimated": ["schedule.reestimate_bn=0"],
     "slope: 16 from the start": ["schedule.slope_start=16"],
     "backward: no cap": ["quantizer.slope_backward_max=null"],
     "scales: per channel": ["quantizer.granularity=channel"],
@@ -69,6 +70,8 @@ def show(options: argparse.Namespace) -> str:
     lines = [f"| W{options.bits}A{options.bits}, held-out images | accuracy | difference |", "| --- | --: | --: |"]
     for change in CHANGES:
         values = found(options, change)
+        if not values:
+            continue
         differences = [values[seed] - base[seed] for seed in values if seed in base]
         lines.append(f"| {change} | {spread(list(values.values()))} | {spread(differences, sign=True)} |")
     return "\n".join(lines)
@@ -81,7 +84,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default=BASE, help="what is changed")
     parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--extras", choices=EXTRAS, help="as in accuracy.py")
