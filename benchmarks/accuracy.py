@@ -95,6 +95,7 @@ NETWORKS = {
     "mobilenetv1": Network(
         ["recipes=imagenet_mobilenetv1"],
         "in1k_mobilenetv1_075",
+        lr=0.001,
         epochs=10,
         extras="teacher",
         granularity="channel",
