@@ -10,7 +10,7 @@ method, seed by seed.
 
 import argparse
 
-from accuracy import EXTRAS, METHODS, NETWORKS, RESULTS, fill, key_of, rows_of, spread, with_defaults
+from accuracy import EXTRAS, KEY, METHODS, NETWORKS, RESULTS, fill, key_of, rows_of, spread, with_defaults
 
 PATH = RESULTS / "accuracy_trials.csv"
 BASE = "soft, mid-rise, no regularizer"
@@ -54,14 +54,9 @@ def settings(options: argparse.Namespace, change: str) -> argparse.Namespace:
 
 def found(options: argparse.Namespace, change: str) -> dict[int, float]:
     """Accuracy by seed."""
+    rows = {tuple(row[name] for name in KEY): float(row["held_out"]) for row in rows_of(PATH)}
     wanted = {seed: key_of(settings(options, change), options.method, seed) for seed in options.seeds}
-    rows = rows_of(PATH)
-    return {
-        seed: float(row["held_out"])
-        for seed, key in wanted.items()
-        for row in rows
-        if all(row[name] == value for name, value in key.items())
-    }
+    return {seed: rows[key] for seed, names in wanted.items() if (key := tuple(names.values())) in rows}
 
 
 def show(options: argparse.Namespace) -> str:

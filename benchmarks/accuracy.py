@@ -4,7 +4,8 @@
 
 Fine-tunes a given float network with W = A = ``--bits``, first and last layer 8 bits, by ``lq train --multirun``, one
 sweep over seeds per method; every run is in MLflow (``./mlflow.db``, experiment "accuracy"). A row holds the accuracy
-after the last epoch on the test set, which is read once, and on 5000 held-out training images. Rows that are in the
+after the last epoch on the test set, which is read once, and on 5000 held-out training images (MobileNet's sample has
+none: there both are the images of the test, and ``--trial`` is refused). Rows that are in the
 file already are kept, so that an interrupted table goes on. ``--trial`` never reads the test set and writes to a file
 of its own: settings are chosen there. ``--show`` prints the table and draws it beside the rows.
 """
@@ -12,7 +13,6 @@ of its own: settings are chosen there. ``--show`` prints the table and draws it 
 import argparse
 import csv
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -77,7 +77,6 @@ class Network:
     """How a float network is fine-tuned, whatever quantizes it."""
 
     recipe: list[str]
-    checkpoint: str
     lr: float = 0.01
     weight_decay: float = 1e-4
     epochs: int = 3
@@ -88,13 +87,14 @@ class Network:
 
 RESNET = ["recipes=cifar10_resnet20", "model.channels_last=true"]
 NETWORKS = {
-    "resnet20": Network(RESNET, "cifar10_resnet20"),
-    "resnet56": Network([*RESNET, "model.name=cifar_resnet56"], "cifar10_resnet56"),
-    "vit": Network(["recipes=cifar10_vit"], "cifar10_vit_timm", lr=5e-4, weight_decay=0.05),
+    "resnet20": Network(RESNET),
+    "resnet56": Network(
+        [*RESNET, "model.name=cifar_resnet56", "model.checkpoint=${data.root}/cifar10_resnet56.safetensors"]
+    ),
+    "vit": Network(["recipes=cifar10_vit"], lr=5e-4, weight_decay=0.05),
     # one image per class: labels of what trains say nothing of what is scored
     "mobilenetv1": Network(
         ["recipes=imagenet_mobilenetv1"],
-        "in1k_mobilenetv1_075",
         lr=0.001,
         epochs=10,
         extras="teacher",
@@ -110,7 +110,6 @@ def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> lis
     given = [
         *network.recipe,
         *METHODS[method],
-        f"model.checkpoint={os.environ['LQ_DATA']}/{network.checkpoint}.safetensors",
         f"optimizer.lr={options.lr}",
         f"optimizer.weight_decay={network.weight_decay * DECAY_FACTOR.get(options.bits, 1.0)}",
         f"trainer.max_epochs={options.epochs}",
