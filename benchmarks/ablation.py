@@ -13,16 +13,14 @@ import argparse
 from accuracy import EXTRAS, KEY, METHODS, NETWORKS, RESULTS, fill, key_of, rows_of, spread, with_defaults
 
 PATH = RESULTS / "accuracy_trials.csv"
-BASE = "soft, mid-rise, no regularizer"
+BASE = "soft"
+EARLY = "schedule.strength_start=0"
 CHANGES = {
     "unchanged": [],
     "weights: hard forward": ["quantizer.forward=hard"],
     "levels: mid-tread": ["quantizer.grid=mid_tread"],
-    "regularizer: nearest, strength 1": ["schedule.regularizer=nearest"],
-    "regularizer: nearest, strength 1, in the last tenth": [
-        "schedule.regularizer=nearest",
-        "schedule.strength_start=0.9",
-    ],
+    "regularizer: none": ["schedule=plain"],
+    "regularizer: from the start": [EARLY],
     "batch norms: not re-estimated": ["schedule.reestimate_bn=0"],
     "slope: 16 from the start": ["schedule.slope_start=16"],
     "backward: no cap": ["quantizer.slope_backward_max=null"],
@@ -33,17 +31,13 @@ CHANGES = {
     "slope: rises to the end, is not held": ["schedule.anneal_steps=1.0"],
     "slope: held from step 140 on": ["schedule.hold={_target_: lq.HoldAtStep, step: 140}"],
     "backward: cap 1": ["quantizer.slope_backward_max=1"],
-    "regularizer: nearest, strength 0.2": ["schedule.regularizer=nearest", "schedule.strength=0.2"],
-    "regularizer: l1, strength 1": ["schedule.regularizer=l1"],
-    "regularizer: sine, strength 1": ["schedule.regularizer=sine"],
-    "regularizer: nearest, scales learn from it": [
-        "schedule.regularizer=nearest",
-        "schedule.regularizer_scale_gradient=true",
-    ],
-    "regularizer: nearest, of quantized weights": [
-        "schedule.regularizer=nearest",
-        "schedule.regularizer_on=quantized",
-    ],
+    "scales: exact gradient": ["quantizer.scale_gradient=exact"],
+    "regularizer: strength 0.2": ["schedule.strength=0.2"],
+    "regularizer: strength 30": ["schedule.strength=30"],
+    "regularizer: l1": ["schedule.regularizer=l1"],
+    "regularizer: sine": ["schedule.regularizer=sine"],
+    "regularizer: scales learn from it": ["schedule.regularizer_scale_gradient=true"],
+    "regularizer: of quantized weights": ["schedule.regularizer_on=quantized"],
 }
 
 

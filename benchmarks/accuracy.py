@@ -40,10 +40,9 @@ METHODS = {
     "dlq": ["quantizer=dlq"],
     "codebook": ["quantizer=codebook"],
     "subset": ["quantizer=subset"],
-    "soft": ["quantizer=soft", MID_TREAD],
+    "soft": ["quantizer=soft"],  # all of it as it is by default
     "soft, mid-rise": ["quantizer=soft", MID_RISE],
-    "soft, no regularizer": ["quantizer=soft", MID_TREAD, "schedule=plain"],
-    "soft, mid-rise, no regularizer": ["quantizer=soft", MID_RISE, "schedule=plain"],
+    "soft, mid-tread": ["quantizer=soft", MID_TREAD],
 }
 # weight decay falls with the width, as for LSQ (Esser et al. 2020, section 3)
 DECAY_FACTOR = {2: 0.25, 3: 0.5}

@@ -11,6 +11,8 @@ from lq.functional.schedule import SCHEDULES, ramp
 
 __all__ = ["AnnealSpec", "Annealing"]
 
+LATE = 0.9  # of the fit: earlier the regularizer freezes weights that still have to move
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnnealSpec:
@@ -28,11 +30,13 @@ class AnnealSpec:
         strength: factor on the regularizer at the end of its ramp.
         strength_schedule: ramp over ``anneal_steps``, "linear" or "cosine" from 0, or "constant".
         strength_start: optimizer steps, or fraction of the fit, before which there is no regularizer; its ramp begins
-            there and ends with ``anneal_steps``, or is a jump where those are over.
+            there and ends with ``anneal_steps``, or is a jump where those are over. None for the last tenth of the fit,
+            or after ``anneal_steps`` of one without an end.
         scale_lr_factor: learning rate of scales relative to that of their parameter group.
         weight_decay_by_bits: whether weights of 3 bits get half, of 2 bits a quarter of their group's weight decay.
         calibration_batches: training batches that set the activation scales before the first step.
-        reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, 0 for none.
+        reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, 0 for none;
+            networks without batch norms pay nothing.
 
     Raises:
         ValueError: naming the field, the value got, the values allowed and the fix.
@@ -47,11 +51,11 @@ class AnnealSpec:
     regularizer_scale_gradient: bool = False
     strength: float = 1.0
     strength_schedule: str = "linear"
-    strength_start: int | float = 0
+    strength_start: int | float | None = None
     scale_lr_factor: float = 1.0
     weight_decay_by_bits: bool = False
     calibration_batches: int = 8
-    reestimate_bn: int = 0
+    reestimate_bn: int = 20
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -65,10 +69,11 @@ class AnnealSpec:
                 f"anneal_steps must be an integer of at least 1 or a fraction in (0, 1], got {self.anneal_steps!r}: "
                 "use 0.8 for 80 % of the fit"
             )
-        if not 0 <= self.strength_start < (1 if isinstance(self.strength_start, float) else math.inf):
+        start = 0 if self.strength_start is None else self.strength_start
+        if not 0 <= start < (1 if isinstance(start, float) else math.inf):
             raise ValueError(
-                "strength_start must be an integer of at least 0 or a fraction in [0, 1), got "
-                f"{self.strength_start!r}: use 0.9 for the last tenth of the fit"
+                f"strength_start must be an integer of at least 0, a fraction in [0, 1) or None, got {start!r}: "
+                "use 0.9 for the last tenth of the fit"
             )
         if self.hold is not None and not isinstance(self.hold, Hold):
             raise ValueError(f"hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got {self.hold!r}")
@@ -128,6 +133,8 @@ class Annealing:
 
     def _resolved(self, name: str, total_steps: float) -> int:
         value = getattr(self.spec, name)
+        if value is None:
+            return self.steps or 1 if math.isinf(total_steps) else round(LATE * total_steps)
         if not isinstance(value, float):
             return int(value)
         if math.isinf(total_steps):

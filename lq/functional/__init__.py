@@ -6,7 +6,7 @@ from lq.functional.hard import dequantize, hard_quantize, lsq_gradient_scale, ls
 from lq.functional.levels import CodeRange, bits_for_levels, code_range, level_values
 from lq.functional.points import decode_points, encode_points
 from lq.functional.regularizer import level_regularizer
-from lq.functional.scale import initial_scale
+from lq.functional.scale import initial_scale, scale_parity
 from lq.functional.scale_search import scale_grid
 from lq.functional.schedule import ramp
 from lq.functional.soft import soft_staircase
@@ -39,6 +39,7 @@ __all__ = [
     "quantize",
     "ramp",
     "scale_grid",
+    "scale_parity",
     "search_subset",
     "soft_staircase",
     "two_word_candidates",

@@ -1,7 +1,7 @@
 """Shapes that all quantizers share: scales against tensors, and reductions back to the shape of the scale."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,23 @@ def positive(scale: Tensor) -> Tensor:
     return scale.abs().clamp_min(SMALLEST_SCALE)
 
 
-def damped(parameter: Tensor, factor: float) -> Tensor:
-    """The same values, with the gradient multiplied by a factor.
+class _Damped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, factor: float | Tensor) -> Tensor:  # type: ignore[override]
+        ctx.factor = factor
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.factor, None
+
+
+def damped(parameter: Tensor, factor: float | Tensor) -> Tensor:
+    """The very same values, with the gradient multiplied by a factor.
 
     Args:
         parameter: any shape.
-        factor: on its gradient.
+        factor: on its gradient; a number, or broadcastable to ``parameter`` and without a gradient of its own.
 
     Returns:
         Values of the parameter.
@@ -44,8 +55,7 @@ def damped(parameter: Tensor, factor: float) -> Tensor:
     >>> scale.grad
     tensor([0.5000])
     """
-    slow = parameter * factor
-    return slow + (parameter - slow).detach()
+    return _Damped.apply(parameter, factor)  # type: ignore[no-any-return]
 
 
 def pass_inside(grad: Tensor, t: Tensor, low: float, high: float) -> Tensor:

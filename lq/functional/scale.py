@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from lq.functional.hard import hard_quantize, quantize
+from lq.functional.layout import positive, reduce_to_scale
 from lq.functional.levels import CodeRange
 
-__all__ = ["SCALE_INITS", "initial_scale", "thinned"]
+__all__ = ["SCALE_INITS", "initial_scale", "scale_parity", "thinned"]
 
 SCALE_INITS = ("mse", "lsq", "max", "percentile")
 PERCENTILE = 0.999
@@ -59,6 +60,34 @@ def initial_scale(x: Tensor, codes: CodeRange, method: str = "mse") -> Tensor:
         scale = x.abs().kthvalue(rank, dim=1).values / codes.largest
     empty = torch.full_like(scale, 1.0 / (codes.largest * x.shape[1] ** 0.5))
     return torch.where(scale > 0, scale, torch.where(peak > 0, peak / codes.largest, empty))
+
+
+@torch.no_grad()
+def scale_parity(x: Tensor, scale: Tensor, largest: float) -> Tensor:
+    """Factor that keeps the relative steps of a scale smaller than LSQ's value at those of its weights::
+
+        min(1, s sqrt(Q) / (2 mean|x|))
+
+    LSQ's factor ``1/sqrt(N Q)`` gives scale and weights like relative steps at LSQ's own first scale. The least squares
+    one is 5 times smaller at 8 bits, its relative steps as much larger, and larger still as they shrink it: a step of
+    the optimizer can carry it past zero. With this factor beside LSQ's they stay as they were.
+
+    Args:
+        x: weights, any shape.
+        scale: learned scale, broadcastable to ``x``; its magnitude is used.
+        largest: ``Q``, largest level in steps.
+
+    Returns:
+        Factor in (0, 1] for each scale, shape of ``scale``, without gradient.
+
+    Source: derived from Esser et al., Learned Step Size Quantization, ICLR 2020, sections 2.1 and 2.2.
+
+    >>> scale_parity(torch.tensor([-1.0, 1.0]), torch.tensor([0.5]), 4.0)
+    tensor([0.5000])
+    """
+    s = positive(scale)
+    sums = reduce_to_scale(x, x.sign(), s)
+    return (s * (largest**0.5 * x.numel() / s.numel() / 2) / sums).clamp_(max=1.0)
 
 
 def thinned(rows: Tensor) -> Tensor:

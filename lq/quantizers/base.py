@@ -75,6 +75,7 @@ class Quantizer(QuantizerHooks):
         factor = 1.0
         if self.gradient_scale:
             factor = lsq_gradient_scale(self.count or x.numel() // max(x.shape[0], 1), self._largest())
+            scale = self._restrained(view, scale)
         quantized = self.fake_quantize if self.training else self._straight_through
         return self._restore(quantized(view, scale, factor), x.shape).to(x.dtype)
 
@@ -217,6 +218,10 @@ class Quantizer(QuantizerHooks):
         return self._sums(view, positive(scale), power)
 
     # What depends on where the levels lie; quantizers whose levels are not evenly spaced replace these.
+
+    def _restrained(self, view: Tensor, scale: Tensor) -> Tensor:
+        """The scale, its gradient damped by more than LSQ's factor where a method needs that."""
+        return scale
 
     def _largest(self) -> float:
         return self.codes.largest

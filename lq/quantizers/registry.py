@@ -47,7 +47,7 @@ class Method:
 
 
 def _soft(spec: LayerSpec, codes: CodeRange, hard: bool, **common: Any) -> Quantizer:
-    return SoftQuantizer(codes, **_staircase(spec, hard), **common)
+    return SoftQuantizer(codes, parity=True, **_staircase(spec, hard), **common)
 
 
 def _soft_weight(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:

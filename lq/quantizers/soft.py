@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from lq.functional.layout import ScaleLayout
+from lq.functional.layout import ScaleLayout, damped
 from lq.functional.levels import CodeRange
+from lq.functional.scale import scale_parity
 from lq.functional.soft import soft_staircase
 from lq.quantizers.base import Quantizer
 
@@ -25,6 +26,8 @@ class SoftQuantizer(Quantizer):
         hard: round in the forward pass, keep the soft derivative in the backward pass.
         slope_backward_max: cap on the slope in the derivative alone, None for none.
         straight_through_scale: whether the scale's gradient takes the staircase's derivative for 1, its mean.
+        parity: whether the gradient of the scale is multiplied by `lq.functional.scale_parity` beside LSQ's factor;
+            of weights only, as the mean of activations would cost a pass in each step.
 
     >>> from lq.functional import code_range
     >>> quantizer = SoftQuantizer(code_range(2))
@@ -46,6 +49,7 @@ class SoftQuantizer(Quantizer):
         hard: bool = False,
         slope_backward_max: float | None = None,
         straight_through_scale: bool = False,
+        parity: bool = False,
     ) -> None:
         """Start as the identity inside the range: slope 0."""
         super().__init__(codes, layout=layout, count=count, gradient_scale=gradient_scale)
@@ -53,6 +57,7 @@ class SoftQuantizer(Quantizer):
         self.hard_forward = hard
         self.slope_backward_max = math.inf if slope_backward_max is None else slope_backward_max
         self.straight_through_scale = straight_through_scale
+        self.parity = parity and count > 0
         self.register_buffer("slope", torch.zeros(1))
 
     def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
@@ -87,3 +92,6 @@ class SoftQuantizer(Quantizer):
             slope: new slope, not negative.
         """
         self.slope.fill_(slope)
+
+    def _restrained(self, view: Tensor, scale: Tensor) -> Tensor:
+        return damped(scale, scale_parity(view, scale, self._largest())) if self.parity else scale

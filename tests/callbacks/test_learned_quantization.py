@@ -381,6 +381,15 @@ def test_a_regularizer_may_begin_late(settings, start, expected):
     assert callback.annealing.state_dict()["start"] == start
 
 
+@pytest.mark.parametrize(
+    ("epochs", "settings", "expected"), [(5, {}, 36), (-1, {"anneal_steps": 7}, 7), (5, {"strength_start": 3}, 3)]
+)
+def test_the_regularizer_begins_in_the_last_tenth_or_with_the_slope_held(epochs, settings, expected):
+    callback = lq.LearnedQuantization(**settings)
+    fit(Plain(), [callback], epochs=epochs, limit_train_batches=8, max_time={"seconds": 2})
+    assert callback.annealing.start == expected
+
+
 def test_frozen_weights_need_no_regularizer():
     module = Plain()
     for name, parameter in module.named_parameters():

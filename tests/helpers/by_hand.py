@@ -17,6 +17,7 @@ SETTINGS = {
     "slope_end": SLOPE_END,
     "anneal_steps": STEPS,
     "strength": STRENGTH,
+    "strength_start": 0,
     "slope_backward_max": None,
     "calibration_batches": 2,
 }
@@ -52,7 +53,9 @@ class HandLinear(nn.Linear):
         s = self.damped(self.input_scale, (x[0].numel() * self.hi) ** -0.5)
         u = (x / s).clamp(self.lo, self.hi)
         x = ((u + (u.round() - u).detach()) * s).to(dtype)
-        s = self.damped(self.weight_scale, (self.weight.numel() * self.n) ** -0.5)
+        usual = 2 * self.weight.detach().abs().mean() / self.n**0.5  # LSQ's own first scale
+        parity = (self.weight_scale.detach() / usual).clamp(max=1)
+        s = self.damped(self.weight_scale, parity * (self.weight.numel() * self.n) ** -0.5)
         if self.exact:
             return nn.functional.linear(x, self.staircase(self.weight, s, self.slope), self.bias)
         value = self.staircase(self.weight, s, self.slope).detach()
