@@ -89,7 +89,8 @@ def test_parity_is_the_scale_over_the_one_of_lsq(codes, factor, per_row, seed):
     usual = 2 * np.abs(x).mean(axis=1 if per_row else None, keepdims=True) / codes.largest**0.5
     scale = torch.from_numpy(factor * usual).requires_grad_()
     parity = scale_parity(torch.from_numpy(x), scale, codes.largest)
-    assert not parity.requires_grad and parity.shape == scale.shape
+    assert not parity.requires_grad
+    assert parity.shape == scale.shape
     np.testing.assert_allclose(parity.numpy(), np.full(usual.shape, min(1.0, factor)), rtol=1e-12)
 
 
