@@ -17,7 +17,7 @@ from lq.data import DigitsData
 from lq.nn import named_quantized_layers
 from tests.helpers.modules import TRAINER, Plain, fit, loader, small_cnn
 
-SETTINGS = {"bits": 3, "slope_end": 10.0, "strength": 0.5, "calibration_batches": 2}
+SETTINGS = {"bits": 3, "slope_end": 10.0, "strength": 0.5, "strength_start": 0, "calibration_batches": 2}
 
 
 class Crash(Exception):
