@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lq.functional.hard import hard_quantize, quantize
-from lq.functional.layout import positive, reduce_to_scale
+from lq.functional.layout import positive
 from lq.functional.levels import CodeRange
 
 __all__ = ["SCALE_INITS", "initial_scale", "scale_parity", "thinned"]
@@ -74,7 +74,7 @@ def scale_parity(x: Tensor, scale: Tensor, largest: float) -> Tensor:
 
     Args:
         x: weights, any shape.
-        scale: learned scale, broadcastable to ``x``; its magnitude is used.
+        scale: learned scale, one, or of as many dimensions as ``x`` and broadcastable to it; its magnitude is used.
         largest: ``Q``, largest level in steps.
 
     Returns:
@@ -86,7 +86,8 @@ def scale_parity(x: Tensor, scale: Tensor, largest: float) -> Tensor:
     tensor([0.5000])
     """
     s = positive(scale)
-    sums = reduce_to_scale(x, x.sign(), s)
+    shared = list(range(x.dim())) if s.numel() == 1 else [i for i, size in enumerate(s.shape) if size == 1]
+    sums = torch.linalg.vector_norm(x, 1, dim=shared, keepdim=True).reshape(s.shape)
     return (s * (largest**0.5 * x.numel() / s.numel() / 2) / sums).clamp_(max=1.0)
 
 
