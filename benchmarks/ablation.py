@@ -17,7 +17,7 @@ BASE = "soft"
 EARLY = "schedule.strength_start=0"
 CHANGES = {
     "unchanged": [],
-    "weights: hard forward": ["quantizer.forward=hard"],
+    "weights: soft forward": ["quantizer.forward=soft"],
     "levels: mid-tread": ["quantizer.grid=mid_tread"],
     "regularizer: none": ["schedule=plain"],
     "regularizer: from the start": [EARLY],
