@@ -47,7 +47,7 @@ class LayerSpec:
         quantizer: name of the method: "soft" (annealed soft staircase), "lsq" (hard, straight-through), "subset" (the
             staircase onto the best subset of candidates), "codebook" (onto free levels), or another one of those that
             `lq quantizers` lists.
-        forward: what training sees of the weights: "hard" (rounded, with the derivative of the soft staircase), or "soft".
+        forward: what training sees of the weights: "hard" (rounded, with the staircase's derivative), or "soft".
         activation_forward: "hard" (rounded, straight-through gradient) or "soft" (the staircase) for activations.
         scale_init: first scales from data: "mse", "lsq", "max" or "percentile".
         staircase: function between two levels: "tanh", "atan" or "linear".

@@ -12,6 +12,7 @@ STRENGTH, STEPS, SLOPE_START, SLOPE_END = 0.7, 8, 1.0, 9.0
 SETTINGS = {
     "bits": 3,
     "first_last_bits": None,
+    "forward": "soft",
     "scale_gradient": "exact",
     "slope_start": SLOPE_START,
     "slope_end": SLOPE_END,
