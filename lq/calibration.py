@@ -1,7 +1,7 @@
 """Set activation scales from data before training, and batch-norm statistics after it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from lq.distributed import gather_first, mean_, minimum
 from lq.nn import BATCH_NORMS, named_quantized_layers
 from lq.quantizers import ActivationQuantizer
 
-__all__ = ["calibrate", "reestimate_batch_norm", "uncalibrated_layers"]
+__all__ = ["calibrate", "named_batch_norms", "reestimate_batch_norm", "uncalibrated_layers"]
 
 Forward = Callable[[nn.Module, Any], Any]
 _SAMPLE = 1 << 13  # values kept of one layer's input per batch
@@ -149,7 +149,21 @@ def uncalibrated_layers(model: nn.Module) -> list[str]:
     return [path for path, m in layers if m.input_quantizer is not None and not m.input_quantizer.is_calibrated]
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> int:
+def named_batch_norms(model: nn.Module) -> dict[str, Any]:
+    """Batch norms that keep statistics.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Batch norms by path.
+    """
+    return {path: m for path, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats}
+
+
+def reestimate_batch_norm(
+    model: nn.Module, batches: Iterable[Any], forward: Forward | None = None, *, paths: Collection[str] | None = None
+) -> int:
     """Recompute batch-norm statistics under hard quantization, in place, as the plain average over batches.
 
     Statistics gathered in training belong to the soft network; these belong to the one that ships.
@@ -158,9 +172,10 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: For
         model: any model; everything but its batch norms runs in evaluation mode.
         batches: training data, on the device of the model.
         forward: runs the model on a batch; by default `default_forward`.
+        paths: of the batch norms to re-estimate; None takes all.
 
     Returns:
-        Number of batch-norm layers.
+        Number of batch norms that the batches reached; others keep their statistics.
 
     Raises:
         ValueError: for no batches; the statistics are then what they were.
@@ -171,7 +186,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: For
     >>> reestimate_batch_norm(model, [torch.full((4, 2), 3.0)]), model[0].running_mean
     (1, tensor([3., 3.]))
     """
-    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    found = named_batch_norms(model)
+    norms = [norm for path, norm in found.items() if paths is None or path in paths]
     if not norms:
         return 0
     modes = [(module, module.training) for module in model.modules()]
@@ -188,12 +204,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: For
             norm.momentum = momentum
         for module, mode in modes:
             module.training = mode
-    if count == 0:
-        for norm, _, state in before:
+    unseen = [norm for norm in norms if not norm.num_batches_tracked]
+    for norm, _, state in before:
+        if norm in unseen:
             norm.load_state_dict(state)
+    if count == 0:
         raise ValueError("batches must hold at least one batch, got none: pass a few batches of training data")
-    for norm in norms:
-        for statistic in (norm.running_mean, norm.running_var):
-            if statistic is not None:
-                mean_(statistic)
-    return len(norms)
+    # in all processes alike: where one has seen a batch norm, so have the others
+    for statistic in (s for norm in norms for s in (norm.running_mean, norm.running_var)):
+        if isinstance(statistic, Tensor):
+            mean_(statistic)
+    return len(norms) - len(unseen)

@@ -39,8 +39,12 @@ def overrides(module: Any, name: str) -> bool:
     return owner is not None and not owner.__module__.startswith(("lightning.", "pytorch_lightning.", "torch."))
 
 
+class UncopyableError(Exception):
+    """A loader can be read only once."""
+
+
 @contextmanager
-def training_batches(trainer: Any, count: int) -> Iterator[Iterator[Any]]:
+def training_batches(trainer: Any, count: int, *, disturb: bool = True) -> Iterator[Iterator[Any]]:
     """First batches of the training loader, on the device, as if they had never been drawn.
 
     Loaders are read in this process, through a copy that shares the dataset and the sampler; random states, global
@@ -49,9 +53,14 @@ def training_batches(trainer: Any, count: int) -> Iterator[Iterator[Any]]:
     Args:
         trainer: of a fit whose loaders are set up.
         count: number of batches, at most.
+        disturb: whether to read, with a warning, a loader that cannot be copied, such as a generator: training will
+            not see what is read of it.
 
     Yields:
         Iterator over the batches.
+
+    Raises:
+        UncopyableError: for such a loader, where it must not be disturbed.
     """
     from torch.utils._pytree import tree_map_only
 
@@ -59,18 +68,20 @@ def training_batches(trainer: Any, count: int) -> Iterator[Iterator[Any]]:
 
     def twin(loader: Any) -> Any:
         if not isinstance(loader, DataLoader):
-            return _copied(loader, loader)
+            return _copied(loader, loader, disturb)
         for owner in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
                 kept.append((generator, generator.get_state()))
         common = {"collate_fn": loader.collate_fn, "generator": loader.generator}
         if isinstance(loader.dataset, IterableDataset):
-            dataset = _copied(loader.dataset, loader.dataset)
+            dataset = _copied(loader.dataset, loader.dataset, disturb)
             return DataLoader(dataset, **common, batch_size=loader.batch_size, drop_last=loader.drop_last)
         if loader.batch_sampler is None:
             return DataLoader(loader.dataset, **common, sampler=loader.sampler, batch_size=None)
-        return DataLoader(loader.dataset, **common, batch_sampler=_copied(loader.batch_sampler, loader.dataset))
+        return DataLoader(
+            loader.dataset, **common, batch_sampler=_copied(loader.batch_sampler, loader.dataset, disturb)
+        )
 
     leaves = tree_map_only(object, twin, trainer.train_dataloader)
     combined = CombinedLoader(leaves, "max_size_cycle")
@@ -82,12 +93,14 @@ def training_batches(trainer: Any, count: int) -> Iterator[Iterator[Any]]:
                 generator.set_state(state)
 
 
-def _copied(source: Any, shared: Any) -> Any:
+def _copied(source: Any, shared: Any, disturb: bool) -> Any:
     """A copy that advances alone: samplers and iterables may keep a position or random numbers of their own."""
     try:
         return copy.deepcopy(source, {} if source is shared else {id(shared): shared})
     except Exception as error:  # whatever a foreign class raises when copied
         name = type(source).__name__
+        if not disturb:
+            raise UncopyableError(f"{name} cannot be copied ({error})") from error
         rank_zero_warn(f"{name} cannot be copied ({error}): calibration reads it, which may change what training sees")
         return source
 
@@ -125,7 +138,8 @@ def shadow(trainer: Any, pl_module: Any, forward: Forward | None) -> tuple[Any, 
     except Exception as error:  # whatever an attribute of the user's raises when copied
         raise ValueError(
             f"{type(pl_module).__name__} must be copyable, so that calibration leaves it untouched, got: {error}. "
-            "Detach the tensors that it keeps between steps, or delete them in on_train_start and on_validation_start"
+            "Detach the tensors that it keeps between steps, or delete them in on_train_start and on_validation_start; "
+            "reestimate_bn=0 copies it before training alone"
         ) from error
     twin.trainer = trainer
     for name in _COMPILED:  # torch.compile leaves instance attributes that are bound to the original

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lq.calibration import calibrate, reestimate_batch_norm, uncalibrated_layers
-from lq.callbacks.batches import Forward, shadow, training_batches
+from lq.calibration import calibrate, named_batch_norms, reestimate_batch_norm, uncalibrated_layers
+from lq.callbacks.batches import Forward, UncopyableError, shadow, training_batches
 from lq.callbacks.guards import check_called
-from lq.nn import BATCH_NORMS, named_quantized_layers
+from lq.nn import named_quantized_layers
 from lq.spec import QuantSpec
 from lq.surgery import execution_order, find_norms, follow_norms, layer_specs, reassign_ends, set_widths
 
@@ -18,6 +19,7 @@ __all__ = [
     "follow_norms_on_training_batch",
     "recalibrate_on_training_batches",
     "reestimate_on_training_batches",
+    "training_norms",
 ]
 
 
@@ -108,19 +110,38 @@ def _take_input_levels(pl_module: Any, twin: nn.Module, paths: Sequence[str]) ->
         target.load_state_dict(source.state_dict())
 
 
-def reestimate_on_training_batches(trainer: Any, pl_module: Any, count: int, forward: Forward | None) -> None:
-    """Batch-norm statistics of the hard network, from a copy.
+def training_norms(pl_module: nn.Module) -> list[str]:
+    """Paths of the batch norms that gather statistics in training: frozen ones, and a teacher's, do not.
+
+    Args:
+        pl_module: as a training step finds it.
+
+    Returns:
+        Their paths.
+    """
+    return [path for path, norm in named_batch_norms(pl_module).items() if norm.training]
+
+
+def reestimate_on_training_batches(
+    trainer: Any, pl_module: Any, count: int, forward: Forward | None, paths: Sequence[str]
+) -> None:
+    """Batch-norm statistics of the hard network, from a copy; left as they are, with a warning, without data for it.
 
     Args:
         trainer: of a running fit.
         pl_module: the module; only its batch norms change.
         count: batches to look at.
         forward: the user's way to run the module on a batch, or None.
+        paths: of the batch norms, `training_norms`; without any this costs nothing.
     """
+    if not paths or count == 0:
+        return
     twin, run = shadow(trainer, pl_module, forward)
-    with training_batches(trainer, count) as batches:
-        reestimate_batch_norm(twin, batches, run)
-    copies = dict(twin.named_modules())
-    for path, module in pl_module.named_modules():
-        if isinstance(module, BATCH_NORMS):
-            module.load_state_dict(copies[path].state_dict())
+    try:
+        with training_batches(trainer, count, disturb=False) as batches:
+            reestimate_batch_norm(twin, batches, run, paths=paths)
+    except UncopyableError as error:
+        rank_zero_warn(f"batch norms keep the statistics of training: {error}. Give a DataLoader or reestimate_bn=0")
+        return
+    for path in paths:
+        pl_module.get_submodule(path).load_state_dict(twin.get_submodule(path).state_dict())

@@ -13,6 +13,7 @@ from lq.callbacks.first_batches import (
     calibrate_on_training_batches,
     follow_norms_on_training_batch,
     reestimate_on_training_batches,
+    training_norms,
 )
 from lq.callbacks.guards import (
     check_averaging_order,
@@ -26,14 +27,15 @@ from lq.callbacks.guards import (
 )
 from lq.callbacks.patches import Patches
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
-from lq.callbacks.tracker import QuantizationTracker
+from lq.callbacks.steps import steps_of_fit
+from lq.callbacks.tracker import QuantizationTracker, log_report
 from lq.checkpoints import checkpoint_entry, restore_plan
 from lq.group_rules import GroupRules, Rule, decay_rules
 from lq.network import layer_statistics, scale_parameters, scale_regularizer, set_slope
 from lq.nn import QuantLayer, named_quantized_layers
 from lq.spec import QuantSpec
 from lq.surgery import SwapReport, apply_plan, execution_order, make_plan, run_example, swap_report
-from lq.tracking import log_rows, log_text, metric
+from lq.tracking import metric
 
 __all__ = ["LearnedQuantization"]
 
@@ -100,6 +102,7 @@ class LearnedQuantization(Callback):
         self._collapsed_at_start: frozenset[str] = frozenset()
         self._stepped = self._started = self._fresh = False
         self._order: list[str] | None = None
+        self._norms: list[str] = []  # those that train
         self._regularizer: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
 
@@ -153,7 +156,7 @@ class LearnedQuantization(Callback):
         self._started = True
         if not named_quantized_layers(pl_module):
             raise ValueError("no layer was quantized: build the network in __init__, setup or configure_model")
-        self.annealing.resolve(trainer.estimated_stepping_batches)
+        self.annealing.resolve(steps_of_fit(trainer))
         if self.annealing.step == 0 and (self._fresh or uncalibrated_layers(pl_module)):
             count, forward = self.anneal.calibration_batches, self.calibration_forward
             order = calibrate_on_training_batches(trainer, pl_module, self.spec, count, forward, self._order)
@@ -168,15 +171,14 @@ class LearnedQuantization(Callback):
         self._collapsed_at_start = check_collapse(pl_module, layer_statistics(pl_module))
         set_slope(pl_module, self.annealing.slope)
         if self.report is not None and self.annealing.step == 0:
-            _say(f"\n{self.report}\n")
-            if trainer.is_global_zero:
-                log_text(trainer.loggers, "lq/swap_report.txt", str(self.report))
-                log_rows(trainer.loggers, "lq/swap_report.json", self.report.to_dicts())
+            log_report(trainer, self.report)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the slope of this step."""
         set_slope(pl_module, self.annealing.slope)
         self._stepped = False
+        if batch_idx == 0:
+            self._norms = training_norms(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -241,28 +243,26 @@ class LearnedQuantization(Callback):
         self.annealing.see_alignment(values[metric("alignment")])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to anneal by optimizer steps that nobody reports."""
+        """Refuse to anneal by steps that nobody reports; re-estimate batch norms where no validation will."""
         check_stepped(self.annealing.step)
+        if not sum(trainer.num_val_batches):
+            self._reestimate(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Re-estimate batch norms before the first batch, when weight averaging has put its weights in place."""
-        first = batch_idx == 0 and dataloader_idx == 0
-        if not first or not self.anneal.reestimate_bn or not self._started or trainer.sanity_checking:
-            return
-        reestimate_on_training_batches(trainer, pl_module, self.anneal.reestimate_bn, self.calibration_forward)
+        if batch_idx == 0 and dataloader_idx == 0 and self._started and not trainer.sanity_checking:
+            self._reestimate(trainer, pl_module)
+
+    def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        count, forward = self.anneal.reestimate_bn, self.calibration_forward
+        reestimate_on_training_batches(trainer, pl_module, count, forward, self._norms)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the plateau criterion."""
         if self._started and not trainer.sanity_checking:
             self.annealing.see_metrics(dict(trainer.callback_metrics), trainer.strategy.reduce_boolean_decision)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Release the optimizers; where there was no validation, re-estimate batch norms now."""
-        if self.anneal.reestimate_bn and not sum(trainer.num_val_batches):
-            reestimate_on_training_batches(trainer, pl_module, self.anneal.reestimate_bn, self.calibration_forward)
-        self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing attached after a crash."""

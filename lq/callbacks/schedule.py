@@ -134,7 +134,7 @@ class Annealing:
     def _resolved(self, name: str, total_steps: float) -> int:
         value = getattr(self.spec, name)
         if value is None:
-            return self.steps or 1 if math.isinf(total_steps) else round(LATE * total_steps)
+            return self.steps or 1 if math.isinf(total_steps) else int(LATE * total_steps)
         if not isinstance(value, float):
             return int(value)
         if math.isinf(total_steps):
@@ -156,7 +156,9 @@ class Annealing:
         start = self.start or 0
         if self.spec.regularizer is None or self.step < start:
             return 0.0
-        steps = max(1, (self.steps or 1) - start)
+        steps = (self.steps or 1) - start
+        if steps <= 0:
+            return self.spec.strength
         return ramp(0.0, self.spec.strength, steps, self.spec.strength_schedule)(self.step - start)
 
     def advance(self) -> None:
@@ -218,7 +220,7 @@ class Annealing:
         Args:
             state: from `state_dict`.
         """
-        for name, value in state.items():
+        for name, value in {"start": 0, **state}.items():  # once there was no other start
             setattr(self, name, value)
 
 

@@ -1,12 +1,26 @@
 """What callbacks share whose schedule counts optimizer steps."""
 
+import math
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-__all__ = ["StepCounter", "forget_best"]
+__all__ = ["StepCounter", "forget_best", "steps_of_fit"]
+
+
+def steps_of_fit(trainer: Trainer) -> float:
+    """Optimizer steps of a whole fit.
+
+    Args:
+        trainer: of the fit.
+
+    Returns:
+        Their number, infinite where it is unknown: without an end, or over data without a length.
+    """
+    total = trainer.estimated_stepping_batches
+    return math.inf if total < 0 else total
 
 
 class StepCounter(Callback):
@@ -29,8 +43,8 @@ class StepCounter(Callback):
         Raises:
             ValueError: where it has none.
         """
-        total = trainer.estimated_stepping_batches
-        if not total < float("inf"):
+        total = steps_of_fit(trainer)
+        if math.isinf(total):
             raise ValueError(f"{type(self).__name__} needs a fit with an end, got none: set Trainer(max_epochs=...)")
         self.total = max(1, int(total))
 

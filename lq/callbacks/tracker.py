@@ -3,12 +3,14 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from lq.functional import LevelStatistics
 from lq.nn import named_quantized_layers
-from lq.tracking import metric, network_metrics
+from lq.surgery import SwapReport
+from lq.tracking import log_rows, log_text, metric, network_metrics
 
-__all__ = ["QuantizationTracker"]
+__all__ = ["QuantizationTracker", "log_report"]
 
 _MONITORED = ("alignment", "quantization_loss", "slope", "regularizer", "loss_total")
 
@@ -88,3 +90,16 @@ class QuantizationTracker(Callback):
             if name in values:
                 pl_module.log(name, values[name], logger=False, on_step=True, on_epoch=False, batch_size=1)
         return values
+
+
+@rank_zero_only
+def log_report(trainer: Trainer, report: SwapReport) -> None:
+    """Print what became of every layer, and keep it with the run.
+
+    Args:
+        trainer: the trainer.
+        report: of the swap.
+    """
+    print(f"\n{report}\n")
+    log_text(trainer.loggers, "lq/swap_report.txt", str(report))
+    log_rows(trainer.loggers, "lq/swap_report.json", report.to_dicts())

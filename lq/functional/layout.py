@@ -31,9 +31,12 @@ def positive(scale: Tensor) -> Tensor:
 
 class _Damped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, factor: float | Tensor) -> Tensor:  # type: ignore[override]
-        ctx.factor = factor
+    def forward(parameter: Tensor, factor: float | Tensor) -> Tensor:  # type: ignore[override]
         return parameter.view_as(parameter)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

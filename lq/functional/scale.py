@@ -64,13 +64,15 @@ def initial_scale(x: Tensor, codes: CodeRange, method: str = "mse") -> Tensor:
 
 @torch.no_grad()
 def scale_parity(x: Tensor, scale: Tensor, largest: float) -> Tensor:
-    """Factor that keeps the relative steps of a scale smaller than LSQ's value at those of its weights::
+    """Factor beside LSQ's with which scales smaller than LSQ's own learn their logarithm::
 
-        min(1, s sqrt(Q) / (2 mean|x|))
+        min(1, (s / s_LSQ)^2)          s_LSQ = 2 mean|x| / sqrt(Q)
 
-    LSQ's factor ``1/sqrt(N Q)`` gives scale and weights like relative steps at LSQ's own first scale. The least squares
-    one is 5 times smaller at 8 bits, its relative steps as much larger, and larger still as they shrink it: a step of
-    the optimizer can carry it past zero. With this factor beside LSQ's they stay as they were.
+    LSQ's factor ``1/sqrt(N Q)`` gives scale and weights like relative steps at LSQ's first scale. The least squares one
+    is many times smaller at 8 bits, its relative steps are as many times larger, and grow as they shrink it: a step of
+    the optimizer can carry it past zero. A step of ``log s`` moves ``s`` by ``s^2`` times the gradient; this makes that
+    of a step of ``s``, at the rate that is LSQ's where ``s = s_LSQ``. It is so under optimizers whose steps are
+    proportional to gradients; under Adam, whose steps are not, a smaller ``scale_lr_factor`` helps.
 
     Args:
         x: weights, any shape.
@@ -83,12 +85,13 @@ def scale_parity(x: Tensor, scale: Tensor, largest: float) -> Tensor:
     Source: derived from Esser et al., Learned Step Size Quantization, ICLR 2020, sections 2.1 and 2.2.
 
     >>> scale_parity(torch.tensor([-1.0, 1.0]), torch.tensor([0.5]), 4.0)
-    tensor([0.5000])
+    tensor([0.2500])
     """
     s = positive(scale)
     shared = list(range(x.dim())) if s.numel() == 1 else [i for i, size in enumerate(s.shape) if size == 1]
     sums = torch.linalg.vector_norm(x, 1, dim=shared, keepdim=True).reshape(s.shape)
-    return (s * (largest**0.5 * x.numel() / s.numel() / 2) / sums).clamp_(max=1.0)
+    ratio = s * (largest**0.5 * x.numel() / s.numel() / 2) / sums
+    return ratio.square_().clamp_(max=1.0)
 
 
 def thinned(rows: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import math
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 import lq
 from lq.calibration import uncalibrated_layers
 from lq.callbacks import HoldAtStep
+from lq.callbacks.schedule import Annealing, AnnealSpec
 from lq.data import DigitsData
 from lq.nn import named_quantized_layers
 from lq.tracking import network_metrics
@@ -343,7 +345,7 @@ def test_samplers_and_iterables_with_a_state_of_their_own_are_left_alone():
         lambda: DataLoader(Stream(), batch_size=8),
     ):
         seen = []
-        for callbacks in ([], [lq.LearnedQuantization()]):
+        for callbacks in ([], [lq.LearnedQuantization(anneal_steps=8)]):
             module = Recording()
             fit(module, callbacks, make())
             seen.append(torch.cat(module.seen))
@@ -365,7 +367,7 @@ def test_a_skipped_batch_moves_nothing_and_counts_for_nothing():
     ("settings", "start", "expected"),
     [
         ({"strength_start": 0.5, "anneal_steps": 1.0}, 4, [0, 0, 0, 0, 0, 0.25, 0.5, 0.75]),
-        ({"strength_start": 6, "anneal_steps": 4}, 6, [0, 0, 0, 0, 0, 0, 0, 1]),  # a jump: the ramp's end is over
+        ({"strength_start": 6, "anneal_steps": 4}, 6, [0, 0, 0, 0, 0, 0, 1, 1]),  # a jump: the ramp's end is over
         ({"strength_start": 0.75, "strength_schedule": "constant"}, 6, [0, 0, 0, 0, 0, 0, 1, 1]),
     ],
 )
@@ -382,12 +384,26 @@ def test_a_regularizer_may_begin_late(settings, start, expected):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "settings", "expected"), [(5, {}, 36), (-1, {"anneal_steps": 7}, 7), (5, {"strength_start": 3}, 3)]
+    ("steps", "settings", "expected"),
+    [(40, {}, 36), (5, {}, 4), (math.inf, {"anneal_steps": 7}, 7), (40, {"strength_start": 3}, 3)],
 )
-def test_the_regularizer_begins_in_the_last_tenth_or_with_the_slope_held(epochs, settings, expected):
-    callback = lq.LearnedQuantization(**settings)
-    fit(Plain(), [callback], epochs=epochs, limit_train_batches=8, max_time={"seconds": 2})
-    assert callback.annealing.start == expected
+def test_the_regularizer_begins_in_the_last_tenth_or_where_the_slope_has_risen(steps, settings, expected):
+    annealing = Annealing(AnnealSpec(**settings))
+    annealing.resolve(steps)
+    strengths = []
+    for _ in range(expected + 1):
+        strengths.append(annealing.strength)
+        annealing.advance()
+    assert annealing.start == expected
+    assert strengths[:-1] == [0.0] * expected
+    assert (strengths[-1] == 1.0) == (settings.get("strength_start") is None)  # else a ramp begins
+
+
+def test_a_checkpoint_from_before_there_were_late_starts_goes_on_with_its_regularizer():
+    annealing = Annealing(AnnealSpec())
+    annealing.load_state_dict({"step": 50, "held_at": None, "steps": 80, "best": None, "waited": 0})
+    annealing.resolve(100)
+    assert annealing.strength == 50 / 80
 
 
 def test_frozen_weights_need_no_regularizer():

@@ -84,14 +84,14 @@ def test_layout_gives_each_output_channel_its_own_row(transposed, groups, shape)
 
 @settings(max_examples=50, deadline=None)
 @given(codes=st.sampled_from(RANGES), factor=st.floats(1e-6, 1e3), per_row=st.booleans(), seed=st.integers(0, 99))
-def test_parity_is_the_scale_over_the_one_of_lsq(codes, factor, per_row, seed):
+def test_parity_is_the_square_of_the_scale_over_the_one_of_lsq(codes, factor, per_row, seed):
     x = np.random.default_rng(seed).normal(size=(3, 40))
     usual = 2 * np.abs(x).mean(axis=1 if per_row else None, keepdims=True) / codes.largest**0.5
     scale = torch.from_numpy(factor * usual).requires_grad_()
     parity = scale_parity(torch.from_numpy(x), scale, codes.largest)
     assert not parity.requires_grad
     assert parity.shape == scale.shape
-    np.testing.assert_allclose(parity.numpy(), np.full(usual.shape, min(1.0, factor)), rtol=1e-12)
+    np.testing.assert_allclose(parity.numpy(), np.full(usual.shape, min(1.0, factor**2)), rtol=1e-12)
 
 
 def test_parity_of_a_row_of_zeros_is_one():

@@ -30,8 +30,8 @@ CAP = 4.0  # default of slope_backward_max
 class HandLinear(nn.Linear):
     """LSQ activations and soft-staircase weights from their formulas.
 
-    ``exact`` takes the staircase's own gradients; else the defaults: the slope capped in the weight's gradient, and the
-    scale's gradient straight through.
+    ``exact`` takes the staircase and its own gradients; else the defaults: weights rounded, the slope capped in their
+    gradient, and the scale's gradient straight through.
     """
 
     exact = True
@@ -55,11 +55,11 @@ class HandLinear(nn.Linear):
         u = (x / s).clamp(self.lo, self.hi)
         x = ((u + (u.round() - u).detach()) * s).to(dtype)
         usual = 2 * self.weight.detach().abs().mean() / self.n**0.5  # LSQ's own first scale
-        parity = (self.weight_scale.detach() / usual).clamp(max=1)
+        parity = (self.weight_scale.detach() / usual).square().clamp(max=1)
         s = self.damped(self.weight_scale, parity * (self.weight.numel() * self.n) ** -0.5)
         if self.exact:
             return nn.functional.linear(x, self.staircase(self.weight, s, self.slope), self.bias)
-        value = self.staircase(self.weight, s, self.slope).detach()
+        value = (s * (self.weight / s).clamp(-self.n, self.n).round()).detach()
         by_weight = self.staircase(self.weight, s.detach(), min(self.slope, CAP))
         t = (self.weight / s).detach()
         by_scale = s * (value / s.detach() - torch.where(t.abs() <= self.n, t, 0.0))
@@ -109,7 +109,8 @@ class ByHandManual(ByHand, Manual):
 def by_hand_net(net: nn.Module, batches, first_last_bits: int | None = None) -> nn.Sequential:
     """The hand-written twin of a float network, with the first scales that lq gives it."""
     net = copy.deepcopy(net).train()
-    lq.quantize_model(net, lq.QuantSpec(bits=SETTINGS["bits"], first_last_bits=first_last_bits))
+    forward = "soft" if HandLinear.exact else "hard"
+    lq.quantize_model(net, lq.QuantSpec(bits=SETTINGS["bits"], first_last_bits=first_last_bits, forward=forward))
     lq.set_slope(net, SLOPE_START)  # what training sees first
     lq.calibrate(net, batches)
     return nn.Sequential(*(HandLinear(m) if isinstance(m, nn.Linear) else m for m in net))
