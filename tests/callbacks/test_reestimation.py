@@ -61,8 +61,8 @@ def test_data_that_can_be_read_once_is_left_to_training():
             return generated()
 
     callback = lq.LearnedQuantization(anneal_steps=5, calibration_batches=2)
+    trainer = Trainer(**TRAINER, max_epochs=1, callbacks=[callback])
     with pytest.warns(UserWarning, match="batch norms keep the statistics of training: generator cannot be copied"):
-        trainer = Trainer(**TRAINER, max_epochs=1, callbacks=[callback])
         trainer.fit(Once(small_cnn()))
     assert trainer.global_step == 10  # calibration has read the rest, with a warning of its own
 
