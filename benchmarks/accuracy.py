@@ -41,6 +41,12 @@ METHODS = {
     "codebook": ["quantizer=codebook"],
     "subset": ["quantizer=subset"],
     "soft": ["quantizer=soft"],  # all of it as it is by default
+    "soft, mid-rise, no regularizer": [
+        "quantizer=soft",
+        MID_RISE,
+        "quantizer.forward=soft",
+        "schedule=plain",
+    ],
     "soft, mid-rise": ["quantizer=soft", MID_RISE],
     "soft, mid-tread": ["quantizer=soft", MID_TREAD],
 }

@@ -102,7 +102,7 @@ class LearnedQuantization(Callback):
         self._collapsed_at_start: frozenset[str] = frozenset()
         self._stepped = self._started = self._fresh = False
         self._order: list[str] | None = None
-        self._norms: list[str] = []  # those that train
+        self._norms: list[str] | None = None  # those that train
         self._regularizer: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
 
@@ -114,7 +114,7 @@ class LearnedQuantization(Callback):
             warn_of_late_averaging(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
             self.annealing = Annealing(self.anneal)
             self.tracker.restart()
-            self._regularizer = self._loss = None
+            self._regularizer = self._loss = self._norms = None
         restore = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ class LearnedQuantization(Callback):
         """Set the slope of this step."""
         set_slope(pl_module, self.annealing.slope)
         self._stepped = False
-        if batch_idx == 0:
+        if batch_idx == 0 or self._norms is None:  # a resume may begin in the middle of an epoch
             self._norms = training_norms(pl_module)
 
     def on_before_optimizer_step(
@@ -257,7 +257,7 @@ class LearnedQuantization(Callback):
 
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         count, forward = self.anneal.reestimate_bn, self.calibration_forward
-        reestimate_on_training_batches(trainer, pl_module, count, forward, self._norms)
+        reestimate_on_training_batches(trainer, pl_module, count, forward, self._norms or ())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the plateau criterion."""

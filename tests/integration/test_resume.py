@@ -129,7 +129,8 @@ def test_from_the_middle_of_an_epoch_where_the_loader_knows_its_place(tmp_path):
     class Small(Fragile):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
-            self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+            layers = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)
+            self.net = nn.Sequential(*layers)
 
     torch.manual_seed(1)
     whole = run(tmp_path, Small(), callbacks("whole"), data=stateful(), epochs=2)
