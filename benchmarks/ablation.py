@@ -37,7 +37,7 @@ CHANGES = {
     "regularizer: l1": ["schedule.regularizer=l1"],
     "regularizer: sine": ["schedule.regularizer=sine"],
     "regularizer: scales learn from it": ["schedule.regularizer_scale_gradient=true"],
-    "regularizer: of quantized weights": ["schedule.regularizer_on=quantized", "quantizer.forward=soft"],
+    "regularizer: of quantized weights": ["schedule.regularizer_on=quantized"],
 }
 
 

@@ -21,7 +21,6 @@ __all__ = [
     "check_collapse",
     "check_loss",
     "check_optimizers",
-    "check_regularizer",
     "check_same_spec",
     "check_stepped",
     "warn_of_late_averaging",
@@ -49,23 +48,6 @@ def check_averaging_order(callbacks: Sequence[Any], callback: Any) -> None:
                 f"callbacks must list {ours} before {theirs}, got the reverse: {theirs} would copy the float model and "
                 f"skip the learned scales. Write callbacks=[{ours}(...), {theirs}(...)]"
             )
-
-
-def check_regularizer(on: str, forward: str) -> None:
-    """Refuse a regularizer that has nothing to pull.
-
-    Args:
-        on: what it takes the distance of, "latent" or "quantized".
-        forward: what training sees of the weights, "soft" or "hard".
-
-    Raises:
-        ValueError: for the quantized weight where that is rounded.
-    """
-    if on == "quantized" and forward == "hard":
-        raise ValueError(
-            "regularizer_on must be 'latent' with forward='hard', got 'quantized': rounded weights lie on their levels "
-            "already. Give forward='soft' as well, or leave regularizer_on out"
-        )
 
 
 def check_same_spec(found: Sequence[Found], spec: QuantSpec) -> None:

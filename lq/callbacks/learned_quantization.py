@@ -20,7 +20,6 @@ from lq.callbacks.guards import (
     check_collapse,
     check_loss,
     check_optimizers,
-    check_regularizer,
     check_same_spec,
     check_stepped,
     warn_of_late_averaging,
@@ -87,7 +86,6 @@ class LearnedQuantization(Callback):
         super().__init__()
         self.spec = choose("spec", spec, QuantSpec, {k: v for k, v in settings.items() if k in _SPEC_FIELDS})
         self.anneal = choose("anneal", anneal, AnnealSpec, {k: v for k, v in settings.items() if k in _ANNEAL_FIELDS})
-        check_regularizer(self.anneal.regularizer_on, self.spec.forward)
         unknown = [name for name in settings if name not in (*_SPEC_FIELDS, *_ANNEAL_FIELDS)]
         if unknown:
             raise TypeError(

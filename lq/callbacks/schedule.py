@@ -25,7 +25,7 @@ class AnnealSpec:
             optimization of its batches, so give steps where you accumulate).
         hold: criterion that ends the rise early: HoldAtStep, HoldAtAlignment or HoldOnPlateau; null for none.
         regularizer: "nearest", "l1" or "sine"; null for none.
-        regularizer_on: distance of the "latent" weight, or of the "quantized" one that training sees.
+        regularizer_on: distance of the "latent" weight, or of what the soft staircase makes of it, "quantized".
         regularizer_scale_gradient: whether scales learn from the regularizer.
         strength: factor on the regularizer at the end of its ramp.
         strength_schedule: ramp over ``anneal_steps``, "linear" or "cosine" from 0, or "constant".

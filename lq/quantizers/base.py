@@ -189,7 +189,7 @@ class Quantizer(QuantizerHooks):
         Args:
             x: weight.
             kind: "nearest", "l1" or "sine".
-            on: "latent" (the weight) or "quantized" (what training sees of it).
+            on: "latent" (the weight) or "quantized" (what training sees of it, or would see if it did not round).
             scale_gradient: whether the scale learns from this term.
 
         Returns:
@@ -197,7 +197,7 @@ class Quantizer(QuantizerHooks):
         """
         view, scale = self._prepare(x)
         if on == "quantized":
-            view = self.fake_quantize(view, scale if scale_gradient else scale.detach(), 1.0)
+            view = self._softened(view, scale if scale_gradient else scale.detach())
         return self._pull(view, scale, kind, scale_gradient)
 
     @torch.no_grad()
@@ -206,7 +206,7 @@ class Quantizer(QuantizerHooks):
 
         Args:
             x: weight or activations.
-            soft: describe what training sees of ``x`` instead of ``x``.
+            soft: describe what training sees of ``x``, or would see if it did not round, instead of ``x``.
             power: 2 or 4.
 
         Returns:
@@ -214,10 +214,14 @@ class Quantizer(QuantizerHooks):
         """
         view, scale = self._prepare(x)
         if soft:
-            view = self.fake_quantize(view, scale, 1.0)
+            view = self._softened(view, scale)
         return self._sums(view, positive(scale), power)
 
     # What depends on where the levels lie; quantizers whose levels are not evenly spaced replace these.
+
+    def _softened(self, view: Tensor, scale: Tensor) -> Tensor:
+        """What training sees, or would see if it did not round."""
+        return self.fake_quantize(view, scale, 1.0)
 
     def _restrained(self, view: Tensor, scale: Tensor) -> Tensor:
         """The scale, its gradient damped by more than LSQ's factor where a method needs that."""

@@ -93,5 +93,12 @@ class SoftQuantizer(Quantizer):
         """
         self.slope.fill_(slope)
 
+    def _softened(self, view: Tensor, scale: Tensor) -> Tensor:
+        hard, self.hard_forward = self.hard_forward, False
+        try:
+            return self.fake_quantize(view, scale, 1.0)
+        finally:
+            self.hard_forward = hard
+
     def _restrained(self, view: Tensor, scale: Tensor) -> Tensor:
         return damped(scale, scale_parity(view, scale, self._largest())) if self.parity else scale

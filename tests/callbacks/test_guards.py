@@ -50,7 +50,6 @@ def test_an_average_that_starts_late_is_warned_of():
         ({"anneal_steps": 1.5}, "anneal_steps must be an integer of at least 1 or a fraction"),
         ({"regularizer": "l2"}, "regularizer must be one of .* got 'l2'"),
         ({"regularizer_on": "soft"}, "regularizer_on must be one of .* got 'soft'"),
-        ({"regularizer_on": "quantized"}, "regularizer_on must be 'latent' with forward='hard', got 'quantized'"),
         ({"strength": -1.0}, "strength must not be negative, got -1.0: use 0"),
         ({"strength": float("nan")}, "strength must not be negative, got nan"),
         ({"scale_lr_factor": -0.1}, "scale_lr_factor must not be negative"),
