@@ -10,27 +10,30 @@ method, seed by seed.
 
 import argparse
 
-from accuracy import EXTRAS, KEY, METHODS, NETWORKS, RESULTS, fill, key_of, rows_of, spread, with_defaults
+from accuracy import EXTRAS, KEY, METHODS, NETWORKS, RESULTS, fill, key_of, with_defaults
+from accuracy_table import rows_of, spread
 
 PATH = RESULTS / "accuracy_trials.csv"
 BASE = "soft"
-EARLY = "schedule.strength_start=0"
+EARLY, SOFT = "schedule.strength_start=0", "quantizer.forward=soft"
 CHANGES = {
     "unchanged": [],
-    "weights: soft forward": ["quantizer.forward=soft"],
+    "weights: soft forward": [SOFT],
     "levels: mid-tread": ["quantizer.grid=mid_tread"],
     "regularizer: none": ["schedule=plain"],
     "regularizer: from the start": [EARLY],
     "batch norms: not re-estimated": ["schedule.reestimate_bn=0"],
-    "slope: 16 from the start": ["schedule.slope_start=16"],
+    "backward: cap 2": ["quantizer.slope_backward_max=2"],
+    "backward: cap 4": ["quantizer.slope_backward_max=4"],
     "backward: no cap": ["quantizer.slope_backward_max=null"],
+    "soft forward, slope 16 from the start": [SOFT, "schedule.slope_start=16"],
+    "soft forward, backward without a cap": [SOFT, "quantizer.slope_backward_max=null"],
     "scales: per channel": ["quantizer.granularity=channel"],
     "activations: soft forward": ["quantizer.activation_forward=soft"],
-    "slope: to 8": ["schedule.slope_end=8"],
-    "slope: to 32": ["schedule.slope_end=32"],
-    "slope: rises to the end, is not held": ["schedule.anneal_steps=1.0"],
-    "slope: held from step 140 on": ["schedule.hold={_target_: lq.HoldAtStep, step: 140}"],
-    "backward: cap 1": ["quantizer.slope_backward_max=1"],
+    "soft forward, slope to 8": [SOFT, "schedule.slope_end=8"],
+    "soft forward, slope to 32": [SOFT, "schedule.slope_end=32"],
+    "soft forward, slope rises to the end": [SOFT, "schedule.anneal_steps=1.0"],
+    "soft forward, slope held from step 140 on": [SOFT, "schedule.hold={_target_: lq.HoldAtStep, step: 140}"],
     "scales: exact gradient": ["quantizer.scale_gradient=exact"],
     "regularizer: strength 0.2": ["schedule.strength=0.2"],
     "regularizer: strength 30": ["schedule.strength=30"],

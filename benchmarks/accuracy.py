@@ -13,13 +13,14 @@ of its own: settings are chosen there. ``--show`` prints the table and draws it 
 import argparse
 import csv
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from accuracy_table import picture, rows_of, show
 
 RESULTS = Path(__file__).parent / "results"
 MID_RISE, MID_TREAD = "quantizer.grid=mid_rise", "quantizer.grid=mid_tread"
@@ -41,12 +42,6 @@ METHODS = {
     "codebook": ["quantizer=codebook"],
     "subset": ["quantizer=subset"],
     "soft": ["quantizer=soft"],  # all of it as it is by default
-    "soft, mid-rise, no regularizer": [
-        "quantizer=soft",
-        MID_RISE,
-        "quantizer.forward=soft",
-        "schedule=plain",
-    ],
     "soft, mid-rise": ["quantizer=soft", MID_RISE],
     "soft, mid-tread": ["quantizer=soft", MID_TREAD],
 }
@@ -168,10 +163,6 @@ def key_of(options: argparse.Namespace, method: str, seed: int) -> dict[str, str
     return dict(zip(KEY, map(str, values), strict=True))
 
 
-def rows_of(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.open())) if path.is_file() else []
-
-
 def fill(options: argparse.Namespace, path: Path) -> None:
     """Run what the file lacks."""
     for method in options.methods:
@@ -179,65 +170,6 @@ def fill(options: argparse.Namespace, path: Path) -> None:
         missing = [seed for seed in options.seeds if key_of(options, method, seed) not in there]
         if missing:
             run(options, method, missing, path)
-
-
-def _cells(path: Path, network: str) -> dict[str, dict[str, list[float]]]:
-    """Accuracies by method, with extras, epochs and learning rate where they are not the usual ones, then by width."""
-    cells: dict[str, dict[str, list[float]]] = {}
-    rows = [row for row in rows_of(path) if row["network"] == network]
-    usual = {name: statistics.mode(row[name] for row in rows) for name in ("extras", "epochs", "lr") if rows}
-    for row in rows:
-        unusual = [f"{column} {row[column]}" for column, value in usual.items() if row[column] != value]
-        name = ", ".join([row["method"], *unusual])
-        cells.setdefault(name, {}).setdefault(row["bits"], []).append(float(row["test"] or row["held_out"]))
-    return cells
-
-
-def show(path: Path, network: str) -> str:
-    """Accuracy as a table in Markdown: mean, and standard error where there are several seeds."""
-    cells = _cells(path, network)
-    widths = sorted({width for columns in cells.values() for width in columns})
-    lines = ["| | " + " | ".join(f"W{w}A{w}" for w in widths) + " |", "| --- |" + " --: |" * len(widths)]
-    for name, columns in cells.items():
-        lines.append(f"| {name} | " + " | ".join(spread(columns.get(w, [])) for w in widths) + " |")
-    return "\n".join(lines)
-
-
-def spread(values: list[float], *, sign: bool = False) -> str:
-    """Mean, and standard error where there are several."""
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):{'+' if sign else ''}.2f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.2f} ({len(values)})"
-
-
-def picture(path: Path, network: str) -> Path:
-    """The same as dots, a panel per width, standard errors as bars."""
-    from matplotlib.figure import Figure
-
-    cells = _cells(path, network)
-    widths = sorted({width for columns in cells.values() for width in columns})
-    figure = Figure(figsize=(4 * len(widths) + 2, 0.3 * len(cells) + 1.2), layout="constrained")
-    panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
-    spans = {w: [v for columns in cells.values() for v in columns.get(w, [])] for w in widths}
-    reach = max(max(span) - min(span) for span in spans.values()) / 2 + 0.2  # all panels alike: points are points
-    for axes, width in zip(panels, widths, strict=True):
-        middle = (max(spans[width]) + min(spans[width])) / 2
-        axes.set_xlim(middle - reach, middle + reach)
-        for y, (name, columns) in enumerate(cells.items()):
-            values = columns.get(width, [])
-            if values:
-                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-                colour = "tab:orange" if name.startswith("soft") else "tab:grey" if "float" in name else "tab:blue"
-                axes.errorbar(statistics.mean(values), y, xerr=error, fmt="o", color=colour, capsize=3)
-        axes.set(title=f"W{width}A{width}", xlabel="accuracy in %", yticks=range(len(cells)), yticklabels=list(cells))
-        axes.grid(axis="x", alpha=0.3)
-    panels[0].invert_yaxis()
-    target = path.with_name(f"{path.stem}_{network}.png")
-    figure.savefig(target, dpi=120)
-    return target
 
 
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
@@ -271,7 +203,7 @@ def main() -> None:
     path = RESULTS / ("accuracy_trials.csv" if options.trial else "accuracy.csv")
     if not options.show:
         fill(options, path)
-    if not _cells(path, options.network):
+    if all(row["network"] != options.network for row in rows_of(path)):
         parser.error(f"{path.name} has no rows of {options.network} yet: run without --show first")
     print(show(path, options.network))
     print(picture(path, options.network))

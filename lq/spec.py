@@ -42,7 +42,7 @@ class LayerSpec:
         levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, else even.
         grid: of weights: "mid_tread" (zero is a level), "mid_rise" (levels at +-s/2, +-3s/2, ...), "full_range" (zero,
             and one level more below it than above: the {-2, -1, 0, 1} of LSQ's authors at 2 bits), or "auto": mid_rise
-            for the soft staircase at 2 bits or an even number of levels, mid_tread elsewhere.
+            for the soft staircase at 2 and 3 bits or an even number of levels, mid_tread elsewhere.
         granularity: one weight scale per "tensor" or per output "channel".
         quantizer: name of the method: "soft" (annealed soft staircase), "lsq" (hard, straight-through), "subset" (the
             staircase onto the best subset of candidates), "codebook" (onto free levels), or another one of those that
@@ -51,7 +51,8 @@ class LayerSpec:
         activation_forward: "hard" (rounded, straight-through gradient) or "soft" (the staircase) for activations.
         scale_init: first scales from data: "mse", "lsq", "max" or "percentile".
         staircase: function between two levels: "tanh", "atan" or "linear".
-        slope_backward_max: cap on the slope in the staircase's derivative alone, null for none.
+        slope_backward_max: cap on the slope in the staircase's derivative alone: 1 is nearly straight-through, more
+            favours weights between two levels, null follows the slope.
         gradient_scale: whether gradients of scales are multiplied by LSQ's 1/sqrt(N Q).
         scale_gradient: gradient of a scale through the staircase: "straight_through", or "exact", whose spread grows
             with the number of levels.
@@ -89,7 +90,7 @@ class LayerSpec:
     activation_forward: str = "hard"
     scale_init: str = "mse"
     staircase: str = "tanh"
-    slope_backward_max: float | None = 4.0
+    slope_backward_max: float | None = 1.0
     gradient_scale: bool = True
     scale_gradient: str = "straight_through"
     candidates: Any = "two_words"
@@ -143,10 +144,10 @@ class LayerSpec:
 
     @property
     def weight_grid(self) -> str:
-        """What "auto" stands for: three levels lose much against four, a level at zero costs little among more."""
+        """What "auto" stands for: a level less costs much among four or eight, little among more."""
         if self.grid != "auto":
             return self.grid
-        even = self.bits == 2 if self.levels is None else isinstance(self.levels, int) and self.levels % 2 == 0
+        even = self.bits <= 3 if self.levels is None else isinstance(self.levels, int) and self.levels % 2 == 0
         return "mid_rise" if self.quantizer == "soft" and even else "mid_tread"
 
     @property

@@ -85,15 +85,17 @@ def test_every_layer_field_can_be_overridden():
     ("settings", "grid"),
     [
         ({"bits": 2}, "mid_rise"),
-        ({"bits": 3}, "mid_tread"),
+        ({"bits": 3}, "mid_rise"),
+        ({"bits": 4}, "mid_tread"),
         ({"bits": 8, "levels": 4}, "mid_rise"),
         ({"bits": 2, "levels": 3}, "mid_tread"),
+        ({"bits": 3, "levels": 7}, "mid_tread"),
         ({"bits": 2, "grid": "mid_tread"}, "mid_tread"),
         ({"bits": 4, "grid": "mid_rise"}, "mid_rise"),
         ({"bits": 2, "quantizer": "lsq"}, "mid_tread"),
     ],
 )
-def test_the_soft_staircase_has_no_zero_at_two_bits_unless_told(settings, grid):
+def test_the_soft_staircase_has_no_zero_at_two_and_three_bits_unless_told(settings, grid):
     spec = QuantSpec(**settings, overrides={"wide": {"bits": 8}})
     assert spec.layer("a").grid == LayerSpec(**settings).weight_grid == grid
     assert spec.layer("a").weight_codes.offset == (0.5 if grid == "mid_rise" else 0)

@@ -20,7 +20,8 @@ class AnnealSpec:
 
     Args:
         slope_start: slope at the first optimizer step.
-        slope_end: slope after ``anneal_steps``.
+        slope_end: slope after ``anneal_steps``. Weights feel it with ``forward="soft"``, and in their gradient up to
+            ``slope_backward_max``.
         anneal_steps: length of the rise, in optimizer steps, or as a fraction of the fit (0.8 is 80 %; under manual
             optimization of its batches, so give steps where you accumulate).
         hold: criterion that ends the rise early: HoldAtStep, HoldAtAlignment or HoldOnPlateau; null for none.

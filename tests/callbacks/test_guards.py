@@ -104,10 +104,10 @@ def test_nothing_to_quantize():
 
 def test_a_module_quantized_by_another_spec_is_refused():
     module = Plain()
-    lq.quantize_model(module, lq.QuantSpec(bits=3))
-    with pytest.raises(ValueError, match="layer 'net.2' differs in bits: module 3, callback 5. Give the"):
+    lq.quantize_model(module, lq.QuantSpec(bits=4))
+    with pytest.raises(ValueError, match="layer 'net.2' differs in bits: module 4, callback 5. Give the"):
         fit(module, [lq.LearnedQuantization(bits=5)])
-    fit(module, [lq.LearnedQuantization(bits=3)])
+    fit(module, [lq.LearnedQuantization(bits=4)])
     lq.dequantize_model(module, keep_latent=True)
     fit(module, [lq.LearnedQuantization(bits=5)])
 
@@ -153,7 +153,7 @@ def test_a_collapsed_scale_names_layer_and_fix(factor, what):
                     self.net[2].weight_quantizer.scale.mul_(factor)
 
     with pytest.raises(ValueError, match=rf"the scale of layer 'net.2' has collapsed: .*{what}.*overrides="):
-        fit(Pushed(optimizer=still), [lq.LearnedQuantization(bits=3, log_every_n_steps=1)])
+        fit(Pushed(optimizer=still), [lq.LearnedQuantization(bits=4, log_every_n_steps=1)])
 
 
 def test_layers_that_start_at_zero_are_no_collapse():

@@ -11,6 +11,7 @@ from tests.helpers.modules import Manual, Plain
 STRENGTH, STEPS, SLOPE_START, SLOPE_END = 0.7, 8, 1.0, 9.0
 SETTINGS = {
     "bits": 3,
+    "grid": "mid_tread",
     "first_last_bits": None,
     "forward": "soft",
     "scale_gradient": "exact",
@@ -24,7 +25,7 @@ SETTINGS = {
 }
 
 
-CAP = 4.0  # default of slope_backward_max
+CAP = 1.0  # default of slope_backward_max
 
 
 class HandLinear(nn.Linear):
@@ -110,7 +111,8 @@ def by_hand_net(net: nn.Module, batches, first_last_bits: int | None = None) -> 
     """The hand-written twin of a float network, with the first scales that lq gives it."""
     net = copy.deepcopy(net).train()
     forward = "soft" if HandLinear.exact else "hard"
-    lq.quantize_model(net, lq.QuantSpec(bits=SETTINGS["bits"], first_last_bits=first_last_bits, forward=forward))
+    widths = {k: SETTINGS[k] for k in ("bits", "grid")} | {"first_last_bits": first_last_bits}
+    lq.quantize_model(net, lq.QuantSpec(**widths, forward=forward))
     lq.set_slope(net, SLOPE_START)  # what training sees first
     lq.calibrate(net, batches)
     return nn.Sequential(*(HandLinear(m) if isinstance(m, nn.Linear) else m for m in net))

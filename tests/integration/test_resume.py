@@ -256,6 +256,21 @@ def test_a_grid_that_was_named_goes_on_as_the_default_that_means_it(tmp_path, bi
         assert trainer.current_epoch == 3
 
 
+def test_a_checkpoint_keeps_its_levels_where_auto_has_come_to_mean_others(tmp_path):
+    path = tmp_path / "net.ckpt"
+    fit(Plain(), [lq.LearnedQuantization(bits=3, grid="mid_tread")]).save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["lq"]["spec"]["grid"] = "auto"  # as a version wrote it for which that was mid-tread at 3 bits
+    torch.save(checkpoint, path)
+    resumed, loaded = Plain(), lq.load_from_checkpoint(Plain, path)
+    trainer = Trainer(**TRAINER, max_epochs=2, callbacks=[lq.LearnedQuantization(bits=3)])
+    trainer.fit(resumed, loader(), ckpt_path=path)
+    assert trainer.current_epoch == 2
+    for module in (resumed, loaded):
+        assert module.net[2].layer_spec.grid == "mid_tread"
+        assert module.net[2].weight_quantizer.codes.offset == 0
+
+
 def test_a_checkpoint_of_another_spec_says_what_differs(tmp_path):
     trainer = fit(Plain(), [lq.LearnedQuantization(**SETTINGS)])
     trainer.save_checkpoint(tmp_path / "net.ckpt")

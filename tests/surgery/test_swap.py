@@ -331,7 +331,7 @@ def test_report_as_rows_and_text():
     report = lq.quantize_model(mlp(), lq.QuantSpec(bits=3, activation_bits=5, exclude=["4"]))
     rows = report.to_dicts()
     assert rows[1]["weight_shape"] == "16x16"
-    assert (rows[1]["levels"], rows[1]["activation_bits"]) == (7, 5)
+    assert (rows[1]["levels"], rows[1]["activation_bits"]) == (8, 5)
     assert "2 of 3 layers quantized" in str(report)
 
 

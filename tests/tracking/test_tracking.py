@@ -47,7 +47,7 @@ def test_where_runs_go(tmp_path, monkeypatch):
 def test_figures_show_every_layer(model):
     figure = weights_figure(model)
     assert [axes.get_title() for axes in figure.axes] == ["0 (8 bits)", "1 (3 bits)", "2 (8 bits)"]
-    assert len(figure.axes[1].lines) == 7
+    assert len(figure.axes[1].lines) == 8
     assert len(weights_figure(model, most=2).axes) == 2
     bars = alignment_figure(model).axes[0].patches
     assert len(bars) == 3
