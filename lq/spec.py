@@ -76,7 +76,7 @@ class LayerSpec:
         ValueError: naming the field, the value got, the values allowed and the fix.
 
     >>> LayerSpec(bits=3).weight_codes
-    CodeRange(lo=-3, hi=3, offset=0.0)
+    CodeRange(lo=-4, hi=3, offset=0.5)
     """
 
     bits: int = 4

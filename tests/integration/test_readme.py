@@ -82,8 +82,9 @@ def test_the_deployment_runs_as_it_stands(tmp_path, monkeypatch):
 
 def test_files_and_commands_that_it_names_exist():
     root = Path(__file__).parents[2]
+    headings = {line.lstrip("# ").lower().replace(" ", "-") for line in re.findall(r"(?m)^#+ .*$", TEXT)}
     for target in re.findall(r"\]\(([^)h][^)]*)\)", TEXT):
-        assert (root / target).exists(), target
+        assert target[1:] in headings if target.startswith("#") else (root / target).exists(), target
     for recipe in re.findall(r"recipes=(\w+)", TEXT):
         assert recipe == "mine" or (root / "recipes" / f"{recipe}.yaml").is_file()
 
