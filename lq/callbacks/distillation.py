@@ -39,6 +39,7 @@ class SelfDistillation(Callback):
     Raises:
         ValueError: for a negative weight, weights that leave no loss, a temperature that is not positive, or features
             without a weight.
+        TypeError: for a teacher that is not a network.
 
     Source: Hinton et al. 2015; with the float copy as teacher, Esser et al., ICLR 2020, section 3.5.
 
@@ -72,6 +73,11 @@ class SelfDistillation(Callback):
         if bool(features) != (feature_weight > 0):
             raise ValueError(
                 f"features and feature_weight belong together, got {list(features)} and {feature_weight}: give both"
+            )
+        if not (teacher is None or isinstance(teacher, nn.Module)):
+            raise TypeError(
+                f"teacher must be a network (torch.nn.Module) or None, got {teacher!r}: load it first, or leave it out "
+                "for the student's float copy"
             )
         self.student, self.temperature = student, temperature
         self.weight, self.task_weight = weight, task_weight

@@ -196,10 +196,11 @@ def test_what_cannot_be_is_said(make, settings, message):
         ({"temperature": 0}, "temperature must be positive, got 0"),
         ({"features": ["1"]}, "features and feature_weight belong together"),
         ({"feature_weight": 1.0}, "features and feature_weight belong together"),
+        ({"teacher": "resnet56.ckpt"}, "teacher must be a network .* got 'resnet56.ckpt'"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         lq.SelfDistillation("net", **settings)
 
 
