@@ -1,6 +1,6 @@
 """Training step of quantized networks against the float one, interleaved in one process, W4A4, batch 32, SGD.
 
-    python benchmarks/step_time.py --threads 1 --rounds 30
+    python benchmarks/step_time.py --threads 1 --rounds 45
     python benchmarks/step_time.py --threads 1 --rounds 10 --compile
     python benchmarks/step_time.py --threads 1 --memory          # peak memory of a step, each in a process of its own
 
@@ -28,7 +28,8 @@ VARIANTS = {
     "float": None,
     "soft": lq.QuantSpec(),
     "lsq": lq.QuantSpec(quantizer="lsq"),
-    "soft, soft activations": lq.QuantSpec(activation_forward="soft"),
+    "soft, soft forward": lq.QuantSpec(forward="soft"),
+    "soft, soft forward, activations too": lq.QuantSpec(forward="soft", activation_forward="soft"),
     "soft, per channel": lq.QuantSpec(granularity="channel"),
 }
 
