@@ -46,6 +46,8 @@ class CIFAR10Data(ImageData):
         num_workers: processes that load.
         seed: of order and augmentation; the split is always the same.
         download: whether torchvision may download into root.
+        train_on_all: whether the held-out images train, too, as in a last run whose settings are chosen; what they
+            score says nothing then.
         mean: per channel, of pixels in [0, 1].
         std: per channel.
 
@@ -59,13 +61,14 @@ class CIFAR10Data(ImageData):
         num_workers: int = 0,
         seed: int = 0,
         download: bool = False,
+        train_on_all: bool = False,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
     ) -> None:
         """Remember the settings."""
         super().__init__(batch_size, num_workers, seed)
         self.mean, self.std = tuple(mean), tuple(std)
-        self.root, self.download = Path(root), download
+        self.root, self.download, self.train_on_all = Path(root), download, train_on_all
 
     def prepare_data(self) -> None:
         """See that the files are there."""
@@ -88,6 +91,7 @@ class CIFAR10Data(ImageData):
             return
         (pixels, classes), test = self._read(True), self._read(False)
         kept, held = hold_out(len(pixels), 5000, seed=0)
+        kept = torch.arange(len(pixels)) if self.train_on_all else kept
         self.train = Images(pixels[kept], classes[kept], self.mean, self.std, pad=4, flip=True, seed=self.seed)
         self.val = Images(pixels[held], classes[held], self.mean, self.std)
         self.test = Images(*test, self.mean, self.std)

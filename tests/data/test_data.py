@@ -96,6 +96,13 @@ def test_real_cifar10(data_root):
     torch.testing.assert_close(means, torch.tensor([0.494, 0.485, 0.451]), atol=2e-3, rtol=0)
 
 
+def test_held_out_cifar10_trains_too_where_asked(data_root):
+    data = CIFAR10Data(str(data_root), train_on_all=True)
+    data.setup("fit")
+    assert [len(part) for part in (data.train, data.val)] == [50000, 5000]
+    assert data.train.classes.bincount().tolist() == [5000] * 10
+
+
 @pytest.fixture
 def folder(tmp_path):
     """An ImageNet-style folder of two easy classes."""
