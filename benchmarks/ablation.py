@@ -1,6 +1,7 @@
 """What each part of the soft staircase's training is worth: one changed at a time, the same seeds, budget and extras.
 
     LQ_DATA=/path python benchmarks/ablation.py --bits 2
+    LQ_DATA=/path python benchmarks/ablation.py --bits 4 --method lsq --network resnet20_unseen --changes extras
 
 Every row is a short fine-tuning as in ``accuracy.py --trial`` (one epoch, distillation, batch norms re-estimated),
 scored on 5000 held-out training images after its last epoch; the test set is not read. Rows are those of
@@ -42,6 +43,29 @@ CHANGES = {
     "regularizer: scales learn from it": ["schedule.regularizer_scale_gradient=true"],
     "regularizer: of quantized weights": ["schedule.regularizer_on=quantized"],
 }
+DISTILL = "callbacks.distillation"
+EXTRA = {  # what any quantizer can be trained with
+    "no distillation": [f"{DISTILL}.weight=0"],
+    "distillation: the teacher alone": [f"{DISTILL}.task_weight=0"],
+    "distillation: temperature 4": [f"{DISTILL}.temperature=4"],
+    "distillation: of features, too": [f"{DISTILL}.features=[layer1,layer2,layer3]", f"{DISTILL}.feature_weight=1"],
+    "weights averaged": [
+        "+callbacks.averaging={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.99}"
+    ],
+    "8, then 4 bits in the first half": [
+        "+callbacks.progressive={_target_: lq.ProgressiveBits, bits: [8, 4], until: 0.5}"
+    ],
+    "float activations in the first third": ["+callbacks.delay={_target_: lq.DelayedActivations, until: 0.3}"],
+    "oscillations: dampened": ["schedule=dampen"],
+    "oscillations: frozen": [
+        "+callbacks.freezing={_target_: lq.IterativeFreezing, threshold_start: 0.1, threshold_end: 0.01}"
+    ],
+    "scales: a tenth of the learning rate": ["schedule.scale_lr_factor=0.1"],
+    "weight decay of all widths alike": ["optimizer.weight_decay=1e-4"],
+    "learning rate 0.003": ["optimizer.lr=0.003"],
+    "learning rate 0.03": ["optimizer.lr=0.03"],
+}
+CHANGES |= EXTRA
 
 
 def settings(options: argparse.Namespace, change: str) -> argparse.Namespace:
@@ -75,7 +99,13 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     parser.add_argument("--method", choices=METHODS, default=BASE, help="what is changed")
     parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
-    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument(
+        "--changes",
+        nargs="+",
+        choices=[*CHANGES, "extras"],
+        default=list(CHANGES),
+        help="extras are what any quantizer can be trained with",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, help="peak learning rate")
@@ -83,7 +113,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print what there is")
     options = with_defaults(parser.parse_args())
     if not options.show:
-        for change in options.changes:
+        for change in [c for name in options.changes for c in (EXTRA if name == "extras" else [name])]:
             fill(settings(options, change), PATH)
     print(show(options))
 
