@@ -104,6 +104,7 @@ NETWORKS = {
             "optimizer.weight_decay=5e-4",
             "optimizer.warmup=0.03",
             "trainer.max_epochs=24",
+            "trainer.precision=bf16-mixed",
             "test=false",
             "experiment=accuracy",
             f"hydra.run.dir={UNSEEN.parent}",

@@ -93,6 +93,8 @@ def build(config: DictConfig) -> Settings:
         ValueError: for a bad value, naming the field, the values allowed and the fix.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
+    if not _quantized(plain):
+        plain["quantizer"] = None
     quantization = None
     if plain["quantizer"] is not None:
         anneal = instantiate(config.schedule, _convert_="all")
@@ -133,10 +135,15 @@ def run_name(plain: dict[str, Any]) -> str:
     Returns:
         Network, method and widths, such as "resnet18 soft W4A4".
     """
-    if plain["quantizer"] is None:
+    if not _quantized(plain):
         return f"{plain['model']['name']} float"
     spec = QuantSpec.from_dict(plain["quantizer"])
     return f"{plain['model']['name']} {spec.quantizer} {spec.widths}"
+
+
+def _quantized(plain: dict[str, Any]) -> bool:
+    # a name, since a recipe that sets one field of the quantizer would make a null a whole quantizer again
+    return plain["quantizer"] is not None and plain["quantizer"].get("quantizer") != "none"
 
 
 def named_loggers(config: DictConfig, name: str) -> list[Any]:

@@ -124,6 +124,15 @@ def test_objects_are_built_from_the_configuration(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("mlflow*"))
 
 
+@pytest.mark.parametrize("recipe", [None, *(r for r in RECIPES if not r.startswith("search_"))])
+def test_without_a_quantizer_the_network_stays_float_whatever_a_recipe_sets(recipe, monkeypatch):
+    chosen = [] if recipe is None else [f"recipes={recipe}", *REQUIRED.get(f"recipes={recipe}", [])]
+    monkeypatch.setattr("lq.cli.config.instantiate", lambda node, **_: node)  # data that may not be there
+    settings = build(composed("quantizer=none", "quantizer.bits=2", *chosen, "logger=csv"))
+    assert settings.quantization is None
+    assert settings.description["quantizer"] is None
+
+
 def test_another_network_teaches(tmp_path):
     larger = cifar_resnet20(in_chans=1)
     save_file(larger.state_dict(), tmp_path / "larger.safetensors")
