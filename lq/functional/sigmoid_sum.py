@@ -1,5 +1,6 @@
 """A staircase of shifted sigmoids at fixed thresholds, with learned scales of what goes in and of what comes out."""
 
+import math
 from typing import Any
 
 import torch
@@ -25,17 +26,24 @@ class _SigmoidSum(torch.autograd.Function):
         lowest: float,
         hard: bool,
         gradient_scale: float,
+        temperature_backward_max: float,
     ) -> Tensor:
         temperature = temperature.to(x.dtype).clamp_max(_SHARPEST)
+        wide = temperature.clamp_max(temperature_backward_max)
+        twice = hard or math.isfinite(temperature_backward_max)
         t = x / positive(input_scale)
         steps, derivative = torch.full_like(t, lowest), torch.zeros_like(t)
         for threshold in thresholds.to(x.dtype):
-            rise = torch.sigmoid((t - threshold).mul_(temperature))
-            steps.add_(rise)
+            above = t - threshold
+            if not hard:
+                rise = torch.sigmoid(above * temperature)
+                steps.add_(rise)
+            if twice:
+                rise = torch.sigmoid(above.mul_(wide))
             derivative.add_(rise.mul_(1 - rise))
         if hard:
             steps = reached(x, input_scale, thresholds).to(x.dtype) + lowest
-        ctx.save_for_backward(x, steps, derivative.mul_(temperature), scale, input_scale)
+        ctx.save_for_backward(x, steps, derivative.mul_(wide), scale, input_scale)
         ctx.gradient_scale = gradient_scale
         return steps * positive(scale)
 
@@ -47,7 +55,7 @@ class _SigmoidSum(torch.autograd.Function):
         grad_x = grad * derivative * (positive(scale) / unit)
         grad_scale = reduce_to_scale(grad, steps, scale) * torch.sign(scale)
         grad_input = -reduce_to_scale(grad_x, x, input_scale) / unit * torch.sign(input_scale)
-        return grad_x, grad_scale * ctx.gradient_scale, grad_input * ctx.gradient_scale, *[None] * 5
+        return grad_x, grad_scale * ctx.gradient_scale, grad_input * ctx.gradient_scale, *[None] * 6
 
 
 def sigmoid_sum(
@@ -60,12 +68,13 @@ def sigmoid_sum(
     lowest: float,
     hard: bool = False,
     gradient_scale: float = 1.0,
+    temperature_backward_max: float = math.inf,
 ) -> Tensor:
     """Sum of sigmoids, one per threshold, that a growing temperature turns into steps::
 
         y = s * (lowest + sum over k of sigmoid(T (x/u - b_k)))           T at most 2000
 
-    with the exact derivatives in x, s and u.
+    with the exact derivatives in x, s and u, or with those of wider sigmoids in x and u.
 
     Args:
         x: floating point, any shape.
@@ -76,18 +85,21 @@ def sigmoid_sum(
         lowest: level below all thresholds, in steps.
         hard: steps in the forward pass, the sigmoids' derivatives in the backward pass.
         gradient_scale: factor on the gradients of both scales.
+        temperature_backward_max: cap on the temperature in the derivative alone, which is T/4 at thresholds and
+            vanishes between them as T grows; positive.
 
     Returns:
         Shape of ``x``.
 
-    Source: Yang et al., Quantization Networks, CVPR 2019, equations 4 to 8, for evenly spaced levels.
+    Source: Yang et al., Quantization Networks, CVPR 2019, equations 4 to 8, for evenly spaced levels; the authors' code
+        has a wider derivative, too.
 
     >>> one = torch.ones(1)
     >>> sigmoid_sum(torch.tensor([-3.0, 0.5, 3.0]), one, one, torch.tensor([-0.5, 0.5]), 99 * one, lowest=-1)
     tensor([-1.0000,  0.5000,  1.0000])
     """
     return _SigmoidSum.apply(  # type: ignore[no-any-return]
-        x, scale, input_scale, thresholds, temperature, lowest, hard, gradient_scale
+        x, scale, input_scale, thresholds, temperature, lowest, hard, gradient_scale, temperature_backward_max
     )
 
 

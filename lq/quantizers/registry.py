@@ -82,6 +82,10 @@ def _overflow_aware(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantiz
     return OverflowAwareQuantizer(codes, accumulator_bits=spec.accumulator_bits, **common)
 
 
+def _sigmoid_sum(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    return SigmoidSumQuantizer(codes, slope_backward_max=spec.slope_backward_max, **common)
+
+
 def _staircase(spec: LayerSpec, hard: bool) -> dict[str, Any]:
     return {
         "staircase": spec.staircase,
@@ -163,8 +167,8 @@ REGISTRY: dict[str, Method] = {
         source="Gong et al., ICCV 2019",
     ),
     "qn": Method(
-        _uniform(SigmoidSumQuantizer),
-        _uniform(SigmoidSumQuantizer),
+        _sigmoid_sum,
+        _sigmoid_sum,
         "sums of sigmoids at thresholds from k-means",
         learned="scales of what goes in and comes out",
         source="Yang et al., CVPR 2019",

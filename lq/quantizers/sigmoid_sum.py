@@ -30,11 +30,12 @@ class SigmoidSumQuantizer(SoftQuantizer):
 
     In evaluation sigmoids are steps. Thresholds lie between the clusters of k-means, found on either side of zero, and
     stay; where that loses more than twice what evenly spaced ones do, as far from zero, they are those. The sigmoid of
-    2 k is the tanh of k: the temperature starts at the authors' 10 and rises as other staircases' slopes.
+    2 k is the tanh of k: the temperature starts at the authors' 10 and rises as other staircases' slopes, and the cap on
+    the slope in the derivative caps it there at twice as much.
 
     Args:
         codes: code range.
-        **common: arguments of `Quantizer`.
+        **common: arguments of `SoftQuantizer`.
 
     Source: Yang et al., Quantization Networks, CVPR 2019: u = max|x| / (1.25 Q) at the start. They start with s = u,
         here that is ``scale_init="max"``; by default s is the least-squares scale of the codes.
@@ -193,9 +194,17 @@ class SigmoidSumQuantizer(SoftQuantizer):
         return self._sum(view, scale, gradient_scale, True)
 
     def _sum(self, view: Tensor, scale: Tensor, gradient_scale: float, hard: bool) -> Tensor:
-        lowest, how = self.codes.lo + self.codes.offset, {"hard": hard, "gradient_scale": gradient_scale}
-        temperature = _COLDEST + 2 * self.slope
-        return sigmoid_sum(view, scale, self._unit(view), self.thresholds, temperature, lowest=lowest, **how)
+        return sigmoid_sum(
+            view,
+            scale,
+            self._unit(view),
+            self.thresholds,
+            _COLDEST + 2 * self.slope,
+            lowest=self.codes.lo + self.codes.offset,
+            hard=hard,
+            gradient_scale=gradient_scale,
+            temperature_backward_max=2 * self.slope_backward_max,
+        )
 
     def _nearest(self, view: Tensor, scale: Tensor) -> Tensor:
         return self._decode(self._codes(view).to(view.dtype), scale)

@@ -13,7 +13,7 @@ from lq.functional.layout import ScaleLayout
 from lq.functional.levels import CodeRange, code_range
 from lq.functional.sigmoid_sum import reached, sigmoid_sum
 from lq.nn import named_quantized_layers
-from lq.quantizers import SigmoidSumQuantizer, build_activation_quantizer
+from lq.quantizers import SigmoidSumQuantizer, build_activation_quantizer, build_weight_quantizer
 from lq.spec import LayerSpec
 from tests.helpers.modules import small_cnn
 
@@ -51,6 +51,36 @@ def test_gradients_are_those_of_the_formula(hard):
         torch.testing.assert_close(found[True][at], found[False][at])
     steps = reached(x.detach(), u.detach(), b) - 2
     torch.testing.assert_close(found[True][1], (upstream * steps).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_derivative_may_be_that_of_wider_sigmoids(hard):
+    x, s, u = (torch.randn(40, dtype=torch.float64, requires_grad=True), torch.tensor([0.7]), torch.tensor([0.9]))
+    s, u, b = s.double().requires_grad_(), u.double().requires_grad_(), THRESHOLDS.double()
+    found = {}
+    for name, temperature, cap in (("capped", 42.0, 3.0), ("wide", 3.0, 99.0)):
+        t = torch.tensor([temperature], dtype=torch.float64)
+        y = sigmoid_sum(x, s, u, b, t, lowest=-2, hard=hard, temperature_backward_max=cap)
+        if not hard:
+            np.testing.assert_allclose(y.detach(), formula(x.detach().numpy(), 0.7, 0.9, temperature), atol=1e-6)
+        found[name] = torch.autograd.grad(y.sum(), (x, u))
+    torch.testing.assert_close(found["capped"], found["wide"])
+
+
+def test_gradients_stay_level_as_the_temperature_rises():
+    weight = torch.randn(64, 64)
+    norms = {}
+    for cap in (LayerSpec().slope_backward_max, None):
+        spec = LayerSpec(quantizer="qn", bits=2, slope_backward_max=cap)
+        quantizer = build_weight_quantizer(spec, ScaleLayout(), weight.numel())
+        quantizer.calibrate_(weight)
+        for slope in (1.0, 16.0):
+            quantizer.slope.fill_(slope)
+            given = weight.clone().requires_grad_()
+            quantizer(given).backward(torch.ones_like(weight))
+            norms[cap, slope] = float(given.grad.norm() / 64)
+    assert norms[1.0, 16.0] == pytest.approx(norms[1.0, 1.0])
+    assert norms[1.0, 16.0] < 1 < 0.7 * norms[None, 16.0]
 
 
 def test_a_growing_temperature_turns_sigmoids_into_steps():
@@ -94,7 +124,7 @@ def test_no_sample_is_quantized_far_worse_than_by_even_levels(kind, bits):
     for method in ("qn", "lsq"):
         inputs = build_activation_quantizer(LayerSpec(quantizer=method, bits=bits))
         inputs.calibrate_(x, float(x.min()))
-        losses[method] = float((inputs.eval()(x) - x).square().sum())
+        losses[method] = float((inputs.eval()(x) - x).detach().square().sum())
     assert losses["qn"] <= 2.01 * losses["lsq"] + 1e-6
 
 
