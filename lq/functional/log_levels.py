@@ -5,6 +5,9 @@ from torch import Tensor
 
 __all__ = ["log_points", "log_round", "power_of_two_scale"]
 
+_OCTAVES = 7
+_SMALLEST = 2.0**-39
+
 
 def log_points(count: int, span: float) -> Tensor:
     """Magnitudes ``2^e`` with exponents evenly spaced from ``-span`` to 0.
@@ -43,16 +46,37 @@ def log_round(u: Tensor, points: Tensor) -> Tensor:
     return torch.copysign(points[torch.bucketize(u.abs(), between, right=True)], u)
 
 
-def power_of_two_scale(rows: Tensor) -> Tensor:
-    """The power of two nearest, in its logarithm, to the largest magnitude.
+def power_of_two_scale(
+    rows: Tensor, points: Tensor | None = None, importance: Tensor | None = None, power: int = 2
+) -> Tensor:
+    """The power of two that loses least, from 7 octaves below the one nearest, in its logarithm, to the largest magnitude::
+
+        argmin over s of sum h |w - log_round(w/s) s|^p
+
+    Few points spread over few octaves: at the largest magnitude they would lie above most of the values.
 
     Args:
         rows: shape ``(C, N)``, one row per scale.
+        points: ascending magnitudes, shape ``(K,)``; without them the power of two nearest to the largest magnitude.
+        importance: h, broadcastable to the rows; None for 1.
+        power: p.
 
     Returns:
         Scales, shape ``(C,)``; 2^-39 for rows of zeros, for which no level is exact.
 
-    >>> power_of_two_scale(torch.tensor([[0.3, -0.2], [0.0, 0.0]]))
-    tensor([2.5000e-01, 1.8190e-12])
+    >>> rows = torch.tensor([[0.9, -0.2, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]])
+    >>> power_of_two_scale(rows)
+    tensor([1.0000e+00, 1.8190e-12])
+    >>> power_of_two_scale(rows[:1], torch.tensor([0.5, 1.0]))
+    tensor([0.5000])
     """
-    return torch.exp2(rows.abs().amax(1).clamp_min(2.0**-39).log2().round())
+    largest = torch.exp2(rows.abs().amax(1).clamp_min(_SMALLEST).log2().round())
+    if points is None:
+        return largest
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for octave in range(_OCTAVES + 1):
+        scale = (largest / 2**octave).clamp_min(_SMALLEST)
+        error = (rows - log_round(rows / scale[:, None], points) * scale[:, None]).abs().pow(power)
+        loss = (error if importance is None else error * importance).sum(1)
+        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
+    return best

@@ -16,8 +16,8 @@ _MOST_SHIFTS = 24
 class LogQuantizer(PointQuantizer):
     """``2^(b-1)`` magnitudes with evenly spaced exponents and a sign bit, no zero; the scale is a power of two.
 
-    Nothing is learned: the scale follows the largest weight while training, gradients pass straight through inside the
-    range.
+    Nothing is learned: while training, the scale is the one that loses least at every step; gradients pass straight
+    through inside the range.
 
     Args:
         bits: width of a code, sign included.
@@ -66,7 +66,7 @@ class LogQuantizer(PointQuantizer):
         return inside + (self._nearest(x.detach(), scale) - inside).detach()
 
     def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
-        self.scale.copy_(power_of_two_scale(rows).to(self.scale))
+        self.scale.copy_(power_of_two_scale(rows, self.points, importance, power).to(self.scale))
 
     def _straight_through(self, view: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
         return self.fake_quantize(view, scale, gradient_scale)

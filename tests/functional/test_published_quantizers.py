@@ -146,3 +146,23 @@ def test_whole_exponents_are_powers_of_two_and_so_is_the_scale():
     assert log_points(8, 7).tolist() == [2.0**-e for e in range(7, -1, -1)]
     rows = torch.tensor([[0.9, -0.1], [0.0, 0.0], [3.1, 0.2], [-2.8, 1.0]])
     assert power_of_two_scale(rows).tolist() == [1.0, 2.0**-39, 4.0, 2.0]
+    assert power_of_two_scale(rows, log_points(8, 7))[1] == 2.0**-39
+
+
+@pytest.mark.parametrize(("bits", "power"), [(2, 2), (3, 2), (3, 4), (4, 2)])
+def test_no_power_of_two_loses_less_than_the_scale(bits, power):
+    torch.manual_seed(0)
+    rows, importance = torch.randn(5, 300).double() * torch.tensor([[1], [0.3], [7], [1e-3], [1]]), torch.rand(5, 300)
+    rows[4] = rows[4] ** 3  # a long tail
+    points = log_points(2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    scale = power_of_two_scale(rows, points, importance, power)
+
+    def losses(s):
+        error = (rows - log_round(rows / s[:, None], points) * s[:, None]).abs() ** power
+        return (error * importance).sum(1)
+
+    assert torch.equal(scale.log2(), scale.log2().round())
+    for octaves in range(-3, 4):
+        assert (losses(scale) <= losses(scale * 2.0**octaves) * (1 + 1e-9)).all()
+    if bits == 2:
+        assert (scale < power_of_two_scale(rows)).all()

@@ -143,7 +143,7 @@ def test_module_equals_function(made):
     scale, codes = quantizer.layout.broadcast(quantizer.scale), quantizer.codes._asdict()
     if isinstance(quantizer, LogQuantizer):
         rows = quantizer.layout.rows(weight)
-        column = power_of_two_scale(rows)[:, None]
+        column = power_of_two_scale(rows, quantizer.points)[:, None]
         inside = torch.minimum(torch.maximum(rows, -column), column)
         y = inside + (log_round(rows / column, quantizer.points) * column - inside)
         expected = quantizer.layout.unrows(y, weight.shape)
