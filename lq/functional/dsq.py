@@ -56,7 +56,7 @@ def dsq_quantize(
         lo: as there.
         hi: as there.
         offset: as there.
-        gradient_scale: factor on the gradients of ``scale`` and ``alpha``.
+        gradient_scale: factor on the gradient of ``scale``; alpha, which is no step, has its own.
 
     Returns:
         Levels, shape of ``x``.
@@ -67,6 +67,5 @@ def dsq_quantize(
     >>> dsq_quantize(x, torch.ones(1), torch.tensor([0.4]), lo=-1, hi=1).tolist()
     [0.0, 1.0]
     """
-    learned = damped(scale, gradient_scale), damped(alpha, gradient_scale)
-    soft = dsq_soft(x, *learned, lo=lo, hi=hi, offset=offset)
+    soft = dsq_soft(x, damped(scale, gradient_scale), alpha, lo=lo, hi=hi, offset=offset)
     return soft + (hard_quantize(x, positive(scale), lo=lo, hi=hi, offset=offset) - soft).detach()

@@ -13,8 +13,8 @@ __all__ = ["APoTQuantizer", "InputAPoTQuantizer"]
 class APoTQuantizer(SubsetQuantizer):
     """Additive powers of two with the gradients of the reparameterized clipping function::
 
-        Q = alpha * P(clip(w / alpha, -1, 1)),  P the nearest of the points       dQ/dw = 1 everywhere
-        dQ/dalpha = Q/alpha - w/alpha inside, sign(w) outside
+        Q = alpha * P(clip(w / alpha, -t, t)),  P the nearest of the points, t the largest        dQ/dw = 1 everywhere
+        dQ/dalpha = Q/alpha - w/alpha inside, t sign(w) outside
 
     The authors quantize weights of mean 0 and a fixed spread: `lq.LayerSpec.normalize` does that, and
     ``conf/quantizer/apot.yaml`` sets it.
@@ -48,9 +48,8 @@ class APoTQuantizer(SubsetQuantizer):
         Returns:
             Levels.
         """
-        y = self._straight_through(x, scale.to(x.dtype), gradient_scale)
-        outside = x.abs() > scale.detach().abs().reshape(-1, 1)
-        return y + (x - x.detach()) * outside
+        y = self._straight_through(x.detach(), scale.to(x.dtype), gradient_scale)
+        return y + (x - x.detach())
 
 
 class InputAPoTQuantizer(InputSubsetQuantizer):

@@ -4,7 +4,7 @@ import torch
 import lq
 from lq.functional import fit_codebook
 from lq.functional.layout import ScaleLayout
-from lq.quantizers import CodebookQuantizer, SubsetQuantizer
+from lq.quantizers import APoTQuantizer, CodebookQuantizer, SubsetQuantizer
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -30,3 +30,18 @@ def test_a_codebook_quantizer_finds_the_optimum(signed):
     _, loss = fit_codebook(weight, quantizer.points.numel(), signed=signed)
     error = quantizer.hard(weight).detach().double() - weight
     assert error.square().sum().item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_weight_of_apot_learns_and_alpha_as_published(bits):
+    quantizer = APoTQuantizer(bits, gradient_scale=False).train()
+    weight = torch.randn(4000, requires_grad=True)
+    quantizer.calibrate_(weight.detach() * 0.7)  # some weights lie outside at every width
+    upstream = torch.randn(4000)
+    quantizer(weight).backward(upstream)
+    torch.testing.assert_close(weight.grad, upstream, rtol=0, atol=0)
+    levels, alpha, top = quantizer.hard(weight).detach(), quantizer.scale.item(), quantizer.points.max().item()
+    inside = weight.detach().abs() <= alpha * top
+    assert 0 < int(inside.sum()) < 4000
+    expected = torch.where(inside, (levels - weight.detach()) / alpha, top * weight.detach().sign())
+    torch.testing.assert_close(quantizer.scale.grad, (upstream * expected).sum().reshape(1), rtol=1e-3, atol=1e-2)
