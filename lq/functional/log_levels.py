@@ -49,7 +49,7 @@ def log_round(u: Tensor, points: Tensor) -> Tensor:
 def power_of_two_scale(
     rows: Tensor, points: Tensor | None = None, importance: Tensor | None = None, power: int = 2
 ) -> Tensor:
-    """The power of two that loses least, from 7 octaves below the one nearest, in its logarithm, to the largest magnitude::
+    """The power of two that loses least, at most 7 octaves below the one nearest to the largest magnitude::
 
         argmin over s of sum h |w - log_round(w/s) s|^p
 
@@ -57,7 +57,8 @@ def power_of_two_scale(
 
     Args:
         rows: shape ``(C, N)``, one row per scale.
-        points: ascending magnitudes, shape ``(K,)``; without them the power of two nearest to the largest magnitude.
+        points: ascending magnitudes, shape ``(K,)``; without them the power of two nearest, in its logarithm, to
+            the largest magnitude.
         importance: h, broadcastable to the rows; None for 1.
         power: p.
 

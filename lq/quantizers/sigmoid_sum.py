@@ -30,8 +30,8 @@ class SigmoidSumQuantizer(SoftQuantizer):
 
     In evaluation sigmoids are steps. Thresholds lie between the clusters of k-means, found on either side of zero, and
     stay; where that loses more than twice what evenly spaced ones do, as far from zero, they are those. The sigmoid of
-    2 k is the tanh of k: the temperature starts at the authors' 10 and rises as other staircases' slopes, and the cap on
-    the slope in the derivative caps it there at twice as much.
+    2 k is the tanh of k: the temperature starts at the authors' 10 and rises as other staircases' slopes; a cap on the
+    slope in the derivative caps it there at twice as much.
 
     Args:
         codes: code range.
