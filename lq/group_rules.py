@@ -1,6 +1,6 @@
 """Learning rates and weight decay of their own for some parameters, in whatever optimizer they are."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,21 +39,20 @@ class GroupRules:
 
     Args:
         optimizer: any optimizer with parameter groups.
-        rules: of disjoint parameters.
+        rules: of disjoint parameters, asked for before every step: widths may fall in the course of a fit.
 
     >>> scale = nn.Parameter(torch.ones(1))
     >>> optimizer = torch.optim.SGD([scale], lr=1.0, weight_decay=0.5)
-    >>> rules = GroupRules(optimizer, [Rule([scale], lr=0.1, weight_decay=0.0)])
+    >>> rules = GroupRules(optimizer, lambda: [Rule([scale], lr=0.1, weight_decay=0.0)])
     >>> scale.grad = torch.ones(1)
     >>> optimizer.step()
     >>> scale.item(), optimizer.param_groups[0]["weight_decay"]
     (0.8999999761581421, 0.5)
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rules: Iterable[Rule]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, rules: Callable[[], Iterable[Rule]]) -> None:
         """Attach to the optimizer."""
-        self._optimizer = optimizer
-        self._rules = {id(p): rule for rule in rules for p in rule.parameters}
+        self._optimizer, self._rules = optimizer, rules
         self._split_groups: list[tuple[dict[str, Any], list[Any], list[dict[str, Any]]]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._split),
@@ -70,16 +69,17 @@ class GroupRules:
 
     def _split(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._merge(optimizer)
+        rules = {id(p): rule for rule in self._rules() for p in rule.parameters}
         for group in list(optimizer.param_groups):
             apart: dict[Rule, list[Any]] = {}
             for parameter in group["params"]:
-                if id(parameter) in self._rules:
-                    apart.setdefault(self._rules[id(parameter)], []).append(parameter)
+                if id(parameter) in rules:
+                    apart.setdefault(rules[id(parameter)], []).append(parameter)
             if not apart:
                 continue
             added = [self._group(group, rule, params) for rule, params in apart.items()]
             self._split_groups.append((group, group["params"], added))
-            group["params"] = [p for p in group["params"] if id(p) not in self._rules]
+            group["params"] = [p for p in group["params"] if id(p) not in rules]
             optimizer.param_groups.extend(added)
 
     @staticmethod

@@ -163,9 +163,9 @@ class LearnedQuantization(Callback):
         begins = self.annealing.step == 0
         follow_norms_on_training_batch(trainer, pl_module, self.calibration_forward, calibrate=begins)
         check_optimizers(trainer.optimizers, pl_module)
-        rules = [Rule(tuple(scale_parameters(pl_module)), lr=self.anneal.scale_lr_factor, weight_decay=0.0)]
-        rules += decay_rules(named_quantized_layers(pl_module).values()) if self.anneal.weight_decay_by_bits else []
-        self._rules = [GroupRules(o, rules) for o in trainer.optimizers]
+        scales = Rule(tuple(scale_parameters(pl_module)), lr=self.anneal.scale_lr_factor, weight_decay=0.0)
+        layers = named_quantized_layers(pl_module).values() if self.anneal.weight_decay_by_bits else ()
+        self._rules = [GroupRules(o, lambda: [scales, *decay_rules(layers)]) for o in trainer.optimizers]
         self._collapsed_at_start = check_collapse(pl_module, layer_statistics(pl_module))
         set_slope(pl_module, self.annealing.slope)
         if self.report is not None and self.annealing.step == 0:

@@ -13,7 +13,7 @@ QUANTIZATION = {"bits": 2, "calibration_batches": 2, "slope_end": 6.0}
 
 def module():
     torch.manual_seed(0)
-    return Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9))
+    return Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=0.05))
 
 
 class Widths(Callback):
@@ -59,11 +59,12 @@ def test_widths_fall_to_those_of_the_spec(quantizer, first):
     assert held == {id(p) for p in trainer.lightning_module.parameters()}
 
 
+@pytest.mark.parametrize("by_bits", [False, True])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, epoch):
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, epoch, by_bits):
     def trained(folder, saver, ckpt_path=None):
         callbacks = [
-            lq.LearnedQuantization(**QUANTIZATION),
+            lq.LearnedQuantization(**QUANTIZATION, weight_decay_by_bits=by_bits),
             lq.ProgressiveBits(until=0.6),
             lq.IterativeFreezing(),
             saver,
@@ -74,6 +75,25 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, epoch):
     whole = trained(tmp_path / "whole", saver)
     again = trained(tmp_path / "again", ModelCheckpoint(tmp_path / "b"), tmp_path / "kept" / f"epoch={epoch}.ckpt")
     same_runs(whole, again)
+
+
+def test_weight_decay_follows_the_width():
+    network, rates = module(), []
+    probe = module().net
+    lq.quantize_model(probe, lq.QuantSpec(bits=2))
+    path = f"net.{middle(probe)}"
+
+    def note(optimizer, *_):
+        found = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        rates.append(found[id(network.get_submodule(path).weight)])
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.optimizers[0].register_step_pre_hook(note)  # after those that set the rates
+
+    quantization = lq.LearnedQuantization(**QUANTIZATION, weight_decay_by_bits=True)
+    fit(network, [quantization, lq.ProgressiveBits([8, 3], until=0.5), Watch()], loader(20, shape=SHAPE))
+    assert rates == pytest.approx([0.05] * 5 + [0.025] * 5 + [0.0125] * 10)
 
 
 class Falling(Plain):
