@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from lq.calibration import calibrate, default_forward
 from lq.functional.allocation import choose_within_budget
 from lq.functional.distillation import distillation_loss
+from lq.globs import matches
 from lq.nn import weight_key
-from lq.spec import QuantSpec, matches
+from lq.spec import QuantSpec
 from lq.surgery import Plan, PlannedLayer, execution_order, make_plan, quantize_model
 from lq.text import format_table
 

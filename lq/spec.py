@@ -2,21 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lq.functional.candidates import choices
 from lq.functional.levels import GRIDS, MAX_BITS, MIN_BITS, CodeRange, code_range
 from lq.functional.scale import SCALE_INITS
 from lq.functional.soft import STAIRCASES
+from lq.globs import globs, matches
 
-__all__ = ["ACTIVATIONS", "FORWARDS", "GRANULARITIES", "POINT_QUANTIZERS", "LayerSpec", "QuantSpec", "matches"]
+__all__ = ["ACTIVATIONS", "FORWARDS", "GRANULARITIES", "POINT_QUANTIZERS", "LayerSpec", "QuantSpec"]
 
 ACTIVATIONS = ("auto", "signed", "unsigned", None)
 FORWARDS = ("soft", "hard")
 GRANULARITIES = ("tensor", "channel")
 SCALE_GRADIENTS = ("straight_through", "exact")
 POINT_QUANTIZERS = ("subset", "codebook", "log2", "dlq", "apot", "nulsq", "qn")  # levels or thresholds of their own
+_NORMALIZED = ("apot", "a2q", "a2q_plus")  # as published
 ACTIVATION_LEVELS = ("uniform", "subset")
 
 
@@ -67,7 +68,8 @@ class LayerSpec:
         activation_levels: of "subset": levels of the input are "uniform" or a "subset" of activation_candidates.
         activation_candidates: as candidates, for the input.
         normalize: quantize the weight after giving it mean 0 and the standard deviation it had before training; of
-            "a2q" and "a2q_plus": after bounding it so that no accumulator overflows, which they do not without.
+            "a2q" and "a2q_plus": after bounding it so that no accumulator overflows, which they do not without. null
+            does so for those two and "apot", as published.
         fold_norms: of "minmax": the one scale of a tensor is that of the weight that the batch norm behind the layer is
             folded into; each output channel then has its own until it is.
         accumulator_bits: of "a2q", "a2q_plus" and "oaq": width of the accumulators, 8 to 32.
@@ -101,7 +103,7 @@ class LayerSpec:
     points_per: str = "tensor"
     activation_levels: str = "uniform"
     activation_candidates: Any = "three_words"
-    normalize: bool = False
+    normalize: bool | None = None
     fold_norms: bool = False
     accumulator_bits: int = 16
 
@@ -149,6 +151,11 @@ class LayerSpec:
             return self.grid
         even = self.bits <= 3 if self.levels is None else isinstance(self.levels, int) and self.levels % 2 == 0
         return "mid_rise" if self.quantizer == "soft" and even else "mid_tread"
+
+    @property
+    def normalized(self) -> bool:
+        """What None stands for in ``normalize``."""
+        return self.quantizer in _NORMALIZED if self.normalize is None else self.normalize
 
     @property
     def weight_codes(self) -> CodeRange:
@@ -216,7 +223,7 @@ class QuantSpec(LayerSpec):
         if self.first_last_bits is not None:
             _require_bits("first_last_bits", self.first_last_bits)
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, _globs(name, getattr(self, name)))
+            object.__setattr__(self, name, globs(name, getattr(self, name)))
         object.__setattr__(self, "overrides", {str(k): dict(v) for k, v in dict(self.overrides or {}).items()})
         for pattern, changes in self.overrides.items():
             for key in changes:
@@ -245,7 +252,7 @@ class QuantSpec(LayerSpec):
         for pattern, changes in self.overrides.items():
             if matches(pattern, path, class_names):
                 spec = replace(spec, **_widened(changes))
-        return replace(spec, grid=spec.weight_grid)
+        return replace(spec, grid=spec.weight_grid, normalize=spec.normalized)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantSpec":
@@ -269,30 +276,3 @@ class QuantSpec(LayerSpec):
 def _widened(changes: Mapping[str, Any]) -> dict[str, Any]:
     """An override, which with a width drops an explicit number of levels."""
     return {**({"levels": None} if "bits" in changes else {}), **changes}
-
-
-def _globs(name: str, value: Any) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f'{name} must be a list of globs or None, got {value!r}: write {name}=["{value}"]')
-    return tuple(f"type:{v.__name__}" if isinstance(v, type) else str(v) for v in value)
-
-
-def matches(pattern: str, path: str, class_names: Sequence[str] = ()) -> bool:
-    """Whether a glob selects a layer.
-
-    Args:
-        pattern: glob on the module path, or ``type:`` and a glob on a class name.
-        path: module path.
-        class_names: names of the layer's class and its bases.
-
-    Returns:
-        True where it matches.
-
-    >>> matches("layer1.*", "layer1.0.conv1"), matches("type:Conv*", "stem", ["Conv2dSame", "Conv2d"])
-    (True, True)
-    """
-    if pattern.startswith("type:"):
-        return any(fnmatchcase(name, pattern[5:]) for name in class_names)
-    return fnmatchcase(path, pattern)

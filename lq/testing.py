@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ def check_quantizer(spec: LayerSpec) -> None:
 
     >>> check_quantizer(LayerSpec(quantizer="lsq", bits=3))
     """
+    spec = replace(spec, normalize=False)  # the layer's part
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_SHAPE, generator=generator)
     for layout in (ScaleLayout(), ScaleLayout.per_channel(_SHAPE)):

@@ -2,7 +2,8 @@ import pytest
 from torch import nn
 
 from lq import QuantSpec
-from lq.spec import LAYER_FIELDS, LayerSpec, matches
+from lq.globs import matches
+from lq.spec import LAYER_FIELDS, LayerSpec
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,16 @@ def test_every_layer_field_can_be_overridden():
     assert {"bits", "activation", "levels", "quantizer", "granularity", "staircase"} <= set(LAYER_FIELDS)
     for name in LAYER_FIELDS:
         value = getattr(LayerSpec(), name)
-        assert QuantSpec(overrides={"*": {name: value}}).layer("x") == LayerSpec(grid="mid_tread")
+        assert QuantSpec(overrides={"*": {name: value}}).layer("x") == LayerSpec(grid="mid_tread", normalize=False)
+
+
+@pytest.mark.parametrize("quantizer", ["soft", "apot", "a2q", "a2q_plus", "subset"])
+def test_weights_are_normalized_where_the_authors_do_unless_told(quantizer):
+    published = quantizer in ("apot", "a2q", "a2q_plus")
+    for given, expected in ((None, published), (True, True), (False, False)):
+        spec = QuantSpec(quantizer=quantizer, granularity="channel", normalize=given)
+        assert spec.layer("a").normalize == spec.normalized == expected
+        assert spec.layer("a", first_or_last=True).normalize is False
 
 
 @pytest.mark.parametrize(

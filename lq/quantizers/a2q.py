@@ -153,7 +153,7 @@ def limit_of(spec: LayerSpec, centred: bool) -> float | None:
     Raises:
         ValueError: where the spec normalizes, but has no accumulators to bound, or one scale for all of them.
     """
-    if not spec.normalize:
+    if not spec.normalized:
         return None
     if spec.activation is None:
         raise ValueError(

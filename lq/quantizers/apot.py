@@ -16,8 +16,7 @@ class APoTQuantizer(SubsetQuantizer):
         Q = alpha * P(clip(w / alpha, -t, t)),  P the nearest of the points, t the largest        dQ/dw = 1 everywhere
         dQ/dalpha = Q/alpha - w/alpha inside, t sign(w) outside
 
-    The authors quantize weights of mean 0 and a fixed spread: `lq.LayerSpec.normalize` does that, and
-    ``conf/quantizer/apot.yaml`` sets it.
+    The authors quantize weights of mean 0 and a fixed spread: `lq.LayerSpec.normalize` does that by default.
 
     Args:
         bits: width of a code, sign included; 2 bits are ternary.

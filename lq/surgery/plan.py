@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lq.globs import matches
 from lq.nn import QuantLayer, weight_key
-from lq.spec import LayerSpec, QuantSpec, matches
+from lq.spec import LayerSpec, QuantSpec
 from lq.surgery.discover import Found, find_layers
 
 __all__ = ["Plan", "PlannedLayer", "make_plan"]

@@ -111,21 +111,21 @@ def _quantize_layer(
     for part in (quantizer, inputs):
         if part is not None:
             part.to(weight.device)
-    from_float(module, quantizer, inputs, normalize=spec.normalize)
+    from_float(module, quantizer, inputs, normalize=spec.normalized)
     assert isinstance(module, QuantLayer)
     module.layer_spec = spec  # type: ignore[assignment]
     if tied is not None:
         module.weight_normalizer = tied.weight_normalizer
     else:
         weight = module.float_weight(bounded=False)
-        if calibrate is None and spec.normalize and not bool(weight.any()):
+        if calibrate is None and spec.normalized and not bool(weight.any()):
             raise ValueError(
                 f"normalize must be False for constant weights, layer {path!r} has such: give it "
                 f'overrides={{"{path}": {{"normalize": False}}}}'
             )
         if calibrate is None:
             quantizer.calibrate_(weight, spec.scale_init)
-            if spec.normalize and not module.computes_weight:
+            if spec.normalized and not module.computes_weight:
                 quantizer.fit_(module.weight)  # type: ignore[arg-type]
                 module.normalize_(True)
         else:

@@ -53,9 +53,9 @@ def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec], *, calibrate: b
         codes = layer.weight_quantizer.codes
         if not points:
             layer.weight_quantizer.adopt_(new)
-        if new.normalize != old.normalize:
-            layer.normalize_(new.normalize)
-            if new.normalize:  # of layers that share their weight one
+        if new.normalized != old.normalized:
+            layer.normalize_(new.normalized)
+            if new.normalized:  # of layers that share their weight one
                 shared = normalizers.setdefault(layer.weight_quantizer, layer.weight_normalizer)
                 layer.weight_normalizer = shared
         if points:

@@ -14,7 +14,6 @@ from tests.helpers.modules import Plain, loader, small_cnn
 from tests.integration.test_resume import run, same_runs
 
 SHAPE = (3, 8, 8)
-NORMALIZED = ("apot", "a2q", "a2q_plus")
 SMALL = {"import_path": "tests.helpers.modules:small_cnn"}
 
 
@@ -22,7 +21,7 @@ def trained(folder, method, saver, ckpt_path=None):
     """A run of three epochs, from the start or from a checkpoint."""
     torch.manual_seed(0)
     module = Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4))
-    settings = {"granularity": "channel", "calibration_batches": 2, "strength": 0.2, "normalize": method in NORMALIZED}
+    settings = {"granularity": "channel", "calibration_batches": 2, "strength": 0.2}
     callbacks = [lq.LearnedQuantization(bits=3, quantizer=method, **settings), saver]
     return run(folder, module, callbacks, ckpt_path, data=loader(shape=SHAPE), epochs=3)
 
@@ -64,9 +63,7 @@ def test_a_method_goes_the_whole_way(tmp_path, method):
 def test_what_is_stored_right_after_a_step_is_that_network(tmp_path, method):
     torch.manual_seed(0)
     network = small_cnn()
-    lq.quantize_model(
-        network, lq.QuantSpec(bits=3, quantizer=method, granularity="channel", normalize=method in NORMALIZED)
-    )
+    lq.quantize_model(network, lq.QuantSpec(bits=3, quantizer=method, granularity="channel"))
     x = torch.randn(8, *SHAPE)
     lq.calibrate(network, [x])
     network.train()(x).square().sum().backward()
@@ -85,7 +82,8 @@ def test_a_constant_weight_cannot_be_normalized():
 @pytest.mark.parametrize("method", REGISTRY)
 def test_ends_that_are_found_late_learn_what_their_method_learns(method):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    lq.quantize_model(model, lq.QuantSpec(bits=3, quantizer=method))
+    granularity = "channel" if method.startswith("a2q") else "tensor"
+    lq.quantize_model(model, lq.QuantSpec(bits=3, quantizer=method, granularity=granularity))
     lq.calibrate(model, [torch.randn(16, 8)])
     for layer in named_quantized_layers(model).values():
         fixed = layer.layer_spec.quantizer in ("minmax", "oaq", "pact", "log2", "dlq", "nulsq")
