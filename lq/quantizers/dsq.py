@@ -44,7 +44,7 @@ class DSQQuantizer(Quantizer):
         Args:
             x: values in the layout's view.
             scale: learned scale, broadcastable to ``x``.
-            gradient_scale: factor on the gradient of the scale.
+            gradient_scale: factor on the gradients of scale and alpha.
 
         Returns:
             Levels.
