@@ -1,7 +1,8 @@
 """Mixed precision: a width for every layer, from how much each one suffers, under a budget of bits."""
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +61,7 @@ class BitAllocation:
 @torch.no_grad()
 def allocate_bits(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     spec: QuantSpec | None = None,
     *,
     average_bits: float,
@@ -88,7 +89,8 @@ def allocate_bits(
         The widths, what they were chosen by, and a spec that has them as overrides.
 
     Raises:
-        ValueError: for a budget that no choice meets, naming the least, for widths out of range, or no batches.
+        ValueError: for a budget that is no number or that no choice meets, naming the least, for widths out of range,
+            or no batches.
 
     Source: a layer's loss alone as in Dong et al., HAWQ-V2, NeurIPS 2020, measured in place of estimated.
 
@@ -98,14 +100,8 @@ def allocate_bits(
     >>> found.average_bits <= 5.5, [found.spec.layer("1").bits == found.bits["1"]]
     (True, [True])
     """
-    spec = spec or QuantSpec()
-    if not batches:
-        raise ValueError("batches must hold at least one batch, got none: pass a few batches of training data")
-    for width in widths:
-        try:
-            replace(spec, bits=width, levels=None)
-        except ValueError as error:
-            raise ValueError(f"widths must be such that the spec allows, got {width}: {error}") from error
+    spec, batches = spec or QuantSpec(), list(batches)
+    _check_arguments(batches, spec, average_bits, widths)
     run = forward or default_forward
     model = copy.deepcopy(model).eval()
     plan = make_plan(model, spec, execution_order(model, lambda: run(model, batches[0])))
@@ -129,6 +125,22 @@ def allocate_bits(
     chosen = {p: widths[i] for p, i in zip(free, choose_within_budget(table, sizes, budget), strict=True)}
     found = _with_widths(spec, plan, {twin: bits for path, bits in chosen.items() for twin in _paths(groups[path])})
     return BitAllocation(found, {path: (chosen | fixed)[path] for path in groups}, counts, losses)
+
+
+def _check_arguments(batches: list[Any], spec: QuantSpec, average_bits: float, widths: Sequence[int]) -> None:
+    if not batches:
+        raise ValueError("batches must hold at least one batch, got none: pass a few batches of training data")
+    if not (isinstance(average_bits, (int, float)) and 0 < average_bits < math.inf):
+        raise ValueError(f"average_bits must be a positive number, got {average_bits!r}: 4 is usual")
+    if not widths or len(set(widths)) != len(widths):
+        raise ValueError(f"widths must be one or more different ones, got {list(widths)}: {list(WIDTHS)} is usual")
+    for width in widths:
+        try:
+            replace(spec, bits=width, levels=None)
+        except ValueError as error:
+            raise ValueError(
+                f"widths must be such that the spec allows, got {width}: {error}, or leave it out"
+            ) from error
 
 
 def _with_widths(spec: QuantSpec, plan: Plan, chosen: dict[str, int]) -> QuantSpec:

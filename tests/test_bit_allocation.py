@@ -109,6 +109,18 @@ def test_bad_input_names_what_is_possible(network):
         lq.allocate_bits(model, batches, average_bits=4, widths=[2, 9])
     with pytest.raises(ValueError, match="no layer is free to choose"):
         lq.allocate_bits(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)], average_bits=8, progress=False)
+    for budget in (float("nan"), float("inf"), -1, "3"):
+        with pytest.raises(ValueError, match=f"average_bits must be a positive number, got {budget!r}"):
+            lq.allocate_bits(model, batches, average_bits=budget)
+    for widths in ([], [4, 4]):
+        with pytest.raises(ValueError, match="widths must be one or more different ones, got"):
+            lq.allocate_bits(model, batches, average_bits=4, widths=widths)
+
+
+def test_batches_may_come_from_a_generator(network):
+    model, batches = network
+    found = lq.allocate_bits(model, (batch for batch in batches), average_bits=5, progress=False)
+    assert found.bits == lq.allocate_bits(model, batches, average_bits=5, progress=False).bits
 
 
 def test_losses_that_are_no_numbers_choose_nothing():

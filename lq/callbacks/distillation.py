@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,8 +38,8 @@ class SelfDistillation(Callback):
         dim: of the classes.
 
     Raises:
-        ValueError: for a negative weight, weights that leave no loss, a temperature that is not positive, or features
-            without a weight.
+        ValueError: for a weight that is negative or no number, weights that leave no loss, a temperature that is not
+            positive, or features without a weight.
         TypeError: for a teacher that is not a network.
 
     Source: Hinton et al. 2015; with the float copy as teacher, Esser et al., ICLR 2020, section 3.5.
@@ -64,12 +65,16 @@ class SelfDistillation(Callback):
         """Validate; nothing is touched before `setup`."""
         super().__init__()
         for name, value in {"weight": weight, "task_weight": task_weight, "feature_weight": feature_weight}.items():
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}: 1 is usual, 0 switches it off")
+            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(
+                    f"{name} must be a finite number and not negative, got {value!r}: 1 is usual, 0 switches it off"
+                )
         if not (weight or task_weight or feature_weight):
             raise ValueError("weight and task_weight must not both be 0, which leaves no loss: set weight=1")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}: 1 is usual")
+        if isinstance(features, str):
+            raise ValueError(f'features must be a list of paths, got {features!r}: write features=["{features}"]')
         if bool(features) != (feature_weight > 0):
             raise ValueError(
                 f"features and feature_weight belong together, got {list(features)} and {feature_weight}: give both"
@@ -129,9 +134,7 @@ class SelfDistillation(Callback):
 
         def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._active:
-                with torch.no_grad():
-                    target = teacher(*args, **kwargs)
-                self._terms.append(self._term(output, target, mine, theirs))
+                self._terms.append(self._term(output, self._taught(teacher, args, kwargs), mine, theirs))
 
         self._handles.append(student.register_forward_hook(compare, with_kwargs=True))
 
@@ -168,24 +171,38 @@ class SelfDistillation(Callback):
         self.teacher, self._fingerprint = teacher.eval().requires_grad_(False), _fingerprint(teacher)
 
     def _student(self, pl_module: LightningModule) -> nn.Module:
+        path = self.student if isinstance(self.student, str) else ""
+        found, nearest = _descend(pl_module, path)
+        if not path or not found:
+            near = _paths_near(*nearest)
+            raise ValueError(f"student must be the path of a network in the module, got {self.student!r}: try {near}")
+        return nearest[1]
+
+    @torch.no_grad()
+    def _taught(self, teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.given is None:
+            return teacher(*args, **kwargs)
         try:
-            found = pl_module.get_submodule(self.student) if self.student else None
-        except AttributeError:
-            found = None
-        if found is None:
-            names = [name for name, _ in pl_module.named_children()]
-            raise ValueError(f"student must be the path of a network in the module, got {self.student!r}: try {names}")
-        return found
+            return teacher(*args, **kwargs)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"teacher must take the student's inputs, {[_kind(a) for a in (*args, *kwargs.values())]}, got "
+                f"{type(teacher).__name__}, which fails on them: {error}. Choose a teacher for the same data"
+            ) from error
 
     def _watch(self, network: nn.Module) -> dict[str, Tensor]:
         """What the chosen parts of a network gave last, kept up to date."""
         seen: dict[str, Tensor] = {}
         for path in self.features:
-            try:
-                part = network.get_submodule(path)
-            except AttributeError as error:
-                names = [name for name, _ in network.named_children()]
-                raise ValueError(f"features must be paths in student and teacher, got {path!r}: try {names}") from error
+            found, (where, part) = _descend(network, path)
+            if not found:
+                which = "teacher" if network is self.teacher else "student"
+                raise ValueError(
+                    f"features must be paths in student and teacher, got {path!r}, which the {which} lacks: it has "
+                    f"{_paths_near(where, part) or 'no parts'}"
+                )
 
             def keep(_: nn.Module, _args: Any, output: Tensor, path: str = path) -> None:
                 seen[path] = output
@@ -195,10 +212,12 @@ class SelfDistillation(Callback):
 
     def _term(self, output: Any, target: Any, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
         z, t = self.logits(output), self.logits(target)
-        _check_shapes("logits", z, t)
+        _check_shapes("logits", z, t, "choose a teacher for the same classes")
         term = self.weight * distillation_loss(z, t, temperature=self.temperature, dim=self.dim)
         for path in self.features:
-            _check_shapes(f"features {path!r}", mine[path], theirs[path])
+            _check_shapes(
+                f"features {path!r}", mine[path], theirs[path], "leave them out, or choose parts of one width"
+            )
             term = term + self.feature_weight / len(self.features) * feature_loss(mine[path], theirs[path])
         return term
 
@@ -231,12 +250,33 @@ def _as_logits(output: Any) -> Tensor:
     return output
 
 
-def _check_shapes(what: str, student: Tensor, teacher: Tensor) -> None:
+def _check_shapes(what: str, student: Tensor, teacher: Tensor, fix: str) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f"{what} of student and teacher must have one shape, got {tuple(student.shape)} and "
-            f"{tuple(teacher.shape)}: choose a teacher for the same classes"
+            f"{tuple(teacher.shape)}: {fix}"
         )
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _descend(network: nn.Module, path: str) -> tuple[bool, tuple[str, nn.Module]]:
+    """Whether a path exists, and the part that it leads to, or the last one on the way."""
+    where, part = "", network
+    for name in filter(None, path.split(".")):
+        children = dict(part.named_children())
+        if name not in children:
+            return False, (where, part)
+        where, part = f"{where}.{name}".lstrip("."), children[name]
+    return True, (where, part)
+
+
+def _paths_near(where: str, part: nn.Module) -> list[str]:
+    """What could have been meant: the parts there that learn, or that part itself."""
+    inside = [f"{where}.{n}".lstrip(".") for n, child in part.named_children() if any(True for _ in child.parameters())]
+    return inside or [where] * bool(where)
 
 
 def _fingerprint(network: nn.Module) -> str:

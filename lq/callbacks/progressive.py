@@ -27,7 +27,8 @@ class ProgressiveBits(StepCounter):
     """Trains with more bits first: 8, then 4, then those of `LearnedQuantization`, in one fit.
 
     At each change levels are set anew, of weights from the weights and of inputs from training batches. Layers that end
-    with more bits than a stage has keep theirs; all stages have the last one's ``grid``. A `ModelCheckpoint` that keeps
+    with more bits than a stage has keep theirs; all stages have the last one's ``grid``; where a subset has fewer
+    candidates than a stage has points, that stage has evenly spaced ones. A `ModelCheckpoint` that keeps
     the best forgets, when the last stage begins, what it saw before: those networks had other widths.
 
     Args:
@@ -55,6 +56,8 @@ class ProgressiveBits(StepCounter):
     ) -> None:
         """Validate; nothing is touched before the first batch."""
         super().__init__()
+        if isinstance(bits, (str, int)):
+            raise ValueError(f"bits must be a list of widths, got {bits!r}: try [8, 4]")
         for width in bits:
             LayerSpec(bits=width)  # complains
         if not bits or list(bits) != sorted(set(bits), reverse=True):
@@ -144,4 +147,11 @@ def _widened(spec: LayerSpec, bits: int) -> LayerSpec:
     changes: dict[str, Any] = {"activation_bits": max(bits, int(own))}
     if bits > spec.weight_codes.bits:
         changes |= {"bits": bits, "levels": None}
-    return replace(spec, **changes)
+    try:
+        return replace(spec, **changes)
+    except ValueError:
+        if spec.quantizer != "subset":
+            raise
+    # candidates for few points are too few for so many: even ones, until the width is theirs
+    even = {"candidates": "uniform", "activation_candidates": "uniform", "words": None, "zero": None}
+    return replace(spec, **changes, **even)

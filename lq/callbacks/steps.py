@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lq.nn import named_quantized_layers
+
 __all__ = ["StepCounter", "forget_best", "steps_of_fit"]
 
 
@@ -38,11 +40,16 @@ class StepCounter(Callback):
         self._stepped = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the fit has an end.
+        """See that the fit has an end, and the network quantized layers.
 
         Raises:
             ValueError: where it has none.
         """
+        if not named_quantized_layers(pl_module):
+            raise ValueError(
+                f"{type(self).__name__} needs quantized layers, got a network without: add lq.LearnedQuantization to "
+                "the callbacks"
+            )
         total = steps_of_fit(trainer)
         if math.isinf(total):
             raise ValueError(f"{type(self).__name__} needs a fit with an end, got none: set Trainer(max_epochs=...)")

@@ -166,6 +166,10 @@ def test_without_the_tasks_loss_labels_do_not_matter():
     assert not torch.equal(nets[0]["0.weight"], module().net[0].weight)
 
 
+ONE = {"feature_weight": 1.0}
+NARROW = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
 class Elsewhere(Plain):
     def training_step(self, batch, batch_idx):
         return self.net[0](batch[0]).square().mean()
@@ -178,7 +182,16 @@ class Elsewhere(Plain):
         (Plain, {"student": "model"}, r"student must be the path .* got 'model': try \['net'\]"),
         (Plain, {"student": ""}, "student must be the path"),
         (Plain, {"teacher": nn.Linear(8, 5)}, r"logits of student and teacher must have one shape, got \(8, 4\) and"),
-        (Plain, {"features": ["9"], "feature_weight": 1.0}, "features must be paths in student and teacher, got '9'"),
+        (Plain, {"student": "net.9"}, r"got 'net.9': try \['net.0', 'net.2', 'net.4'\]"),
+        (Plain, {"student": None}, r"got None: try \['net'\]"),
+        (
+            Plain,
+            {"teacher": nn.Linear(9, 4)},
+            r"teacher must take the student's inputs, \['Tensor \(8, 8\)'\], got Linear",
+        ),
+        (Plain, {"features": ["9"], **ONE}, r"got '9', which the student lacks: it has \['0', '2', '4'\]"),
+        (Plain, {"features": ["2"], **ONE, "teacher": nn.Linear(8, 4)}, "got '2', which the teacher lacks: it has no"),
+        (Plain, {"features": ["0"], **ONE, "teacher": NARROW}, r"features '0' of .* got \(8, 16\) and \(8, 5\): leave"),
         (Elsewhere, {}, "student 'net' must run in training_step"),
     ],
 )
@@ -190,8 +203,11 @@ def test_what_cannot_be_is_said(make, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight": -1}, "weight must not be negative, got -1"),
-        ({"task_weight": -1}, "task_weight must not be negative, got -1"),
+        ({"weight": -1}, "weight must be a finite number and not negative, got -1"),
+        ({"weight": float("inf")}, "weight must be a finite number and not negative, got inf"),
+        ({"weight": "1"}, "weight must be a finite number and not negative, got '1'"),
+        ({"task_weight": -1}, "task_weight must be a finite number and not negative, got -1"),
+        ({"features": "layer1"}, r'features must be a list of paths, got .layer1.: write features=\["layer1"\]'),
         ({"weight": 0, "task_weight": 0}, "weight and task_weight must not both be 0"),
         ({"temperature": 0}, "temperature must be positive, got 0"),
         ({"features": ["1"]}, "features and feature_weight belong together"),

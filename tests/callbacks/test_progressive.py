@@ -34,7 +34,7 @@ def middle(module_):
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("quantizer", ["soft", "lsq", "codebook", "dsq", "pact", "qn"])
+@pytest.mark.parametrize("quantizer", ["soft", "lsq", "codebook", "subset", "dsq", "pact", "qn"])
 def test_widths_fall_to_those_of_the_spec(quantizer, first):
     progress, quantization = (
         lq.ProgressiveBits([8, 4], until=0.5),
@@ -54,7 +54,7 @@ def test_widths_fall_to_those_of_the_spec(quantizer, first):
     assert scales[5] > 4 * scales[4]  # fewer steps to the same range
     for layer in named_quantized_layers(trainer.lightning_module).values():
         assert layer.layer_spec.bits in (2, 8)
-        assert layer.weight_quantizer.codes == layer.layer_spec.weight_codes or quantizer == "codebook"
+        assert layer.weight_quantizer.codes == layer.layer_spec.weight_codes or quantizer in ("codebook", "subset")
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in trainer.lightning_module.parameters()}
 
@@ -119,6 +119,13 @@ def test_bad_values_and_partners_are_named():
         lq.ProgressiveBits([4, 8])
     with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 16"):
         lq.ProgressiveBits([16, 8])
+    with pytest.raises(ValueError, match="bits must be a list of widths, got 8: try"):
+        lq.ProgressiveBits(8)
+    for callback in (lq.ProgressiveBits(), lq.IterativeFreezing(), lq.DelayedActivations()):
+        with pytest.raises(
+            ValueError, match=f"{type(callback).__name__} needs quantized layers, got a network without"
+        ):
+            fit(module(), [callback], loader(8, shape=SHAPE))
     with pytest.raises(ValueError, match="until must lie between 0 and 1, got 1"):
         lq.ProgressiveBits(until=1)
     with pytest.raises(ValueError, match="calibration_batches must be at least 1, got 0"):
