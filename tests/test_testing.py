@@ -127,6 +127,29 @@ def test_a_method_of_another_package_is_found_and_passes_the_checks(package):
         find_method("absent")
 
 
+def test_names_are_listed_once_and_our_own_stay_ours(package):
+    find_method("mine")
+    with pytest.raises(ValueError, match="got 'absent'") as caught:
+        find_method("absent")
+    assert str(caught.value).count("'mine'") == 1
+    (package / "offered-1.0.dist-info" / "entry_points.txt").write_text("[lq.quantizers]\nlsq = offered:METHOD\n")
+    with pytest.warns(UserWarning, match=r"entry point 'lsq' of lq.quantizers \(offered:METHOD\) is ignored"):
+        assert method_names().count("lsq") == 1
+    assert find_method("lsq").source.startswith("Esser")
+
+
+def test_widths_that_a_method_lacks_are_refused(monkeypatch):
+    method = Method(REGISTRY["lsq"].weight, REGISTRY["lsq"].activation, "of few bits", bits=(3, 4))
+    monkeypatch.setitem(REGISTRY, "few", method)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    ends = {"*": {"quantizer": "lsq"}, "1": {"quantizer": "few"}}
+    lq.quantize_model(model, lq.QuantSpec(bits=3, quantizer="few", overrides=ends))
+    for spec, got in ((lq.QuantSpec(bits=2, quantizer="few", overrides=ends), 2), (lq.QuantSpec(quantizer="few"), 8)):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        with pytest.raises(ValueError, match=f"bits must lie from 3 to 4 for few, got {got}: choose another width"):
+            lq.quantize_model(model, spec)
+
+
 def test_a_package_that_is_broken_does_not_hide_the_others(package):
     text = table()
     assert "cannot be loaded: ValueError" in next(line for line in text.splitlines() if line.startswith("wrong"))

@@ -8,13 +8,14 @@ from lq.quantizers.base import Quantizer
 from lq.quantizers.dsq import DSQQuantizer
 from lq.quantizers.learned_steps import LearnedStepsQuantizer
 from lq.quantizers.logarithmic import LogQuantizer
+from lq.quantizers.lookup import find_method, method_names, register_quantizer
 from lq.quantizers.lsq import LSQQuantizer
 from lq.quantizers.lsq_plus import LSQPlusQuantizer
 from lq.quantizers.minmax import MinMaxQuantizer, MovingRangeQuantizer
 from lq.quantizers.normalizer import WeightNormalizer
 from lq.quantizers.pact import PACTQuantizer, SAWBQuantizer
 from lq.quantizers.points import PointQuantizer
-from lq.quantizers.registry import REGISTRY, Method, find_method, method_names, register_quantizer
+from lq.quantizers.registry import REGISTRY, Method
 from lq.quantizers.sigmoid_sum import SigmoidSumQuantizer
 from lq.quantizers.soft import SoftQuantizer
 from lq.quantizers.subset import CodebookQuantizer, SubsetQuantizer
@@ -62,12 +63,16 @@ def build_weight_quantizer(spec: LayerSpec, layout: ScaleLayout, weights: int) -
         The quantizer, its scale not yet set.
 
     Raises:
-        ValueError: for a method that is not in the registry.
+        ValueError: for a method that is not in the registry, and for a width that it does not have.
     """
+    method, codes = find_method(spec.quantizer), spec.weight_codes
+    if not method.bits[0] <= codes.bits <= method.bits[1]:
+        raise ValueError(
+            f"bits must lie from {method.bits[0]} to {method.bits[1]} for {spec.quantizer}, got {codes.bits}: choose "
+            "another width, or another quantizer for the first and last block by overrides"
+        )
     count = max(1, weights // layout.scales)
-    return find_method(spec.quantizer).weight(
-        spec, spec.weight_codes, layout=layout, count=count, gradient_scale=spec.gradient_scale
-    )
+    return method.weight(spec, codes, layout=layout, count=count, gradient_scale=spec.gradient_scale)
 
 
 def build_activation_quantizer(spec: LayerSpec) -> ActivationQuantizer | None:
