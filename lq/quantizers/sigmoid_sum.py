@@ -26,12 +26,12 @@ _TINY = 1e-30
 class SigmoidSumQuantizer(SoftQuantizer):
     """Evenly spaced levels behind fixed thresholds, with one learned scale before and one behind them::
 
-        y = s * (lo + sum over k of sigmoid(T (x/u - b_k))),     T = 10 + 2 k      (k the slope)
+        y = s * (lo + sum over k of sigmoid(T (x/u - b_k))),     T = 10 (1 + k)      (k the slope)
 
     In evaluation sigmoids are steps. Thresholds lie between the clusters of k-means, found on either side of zero, and
-    stay; where that loses more than twice what evenly spaced ones do, as far from zero, they are those. The sigmoid of
-    2 k is the tanh of k: the temperature starts at the authors' 10 and rises as other staircases' slopes; a cap on the
-    slope in the derivative caps it there at twice as much.
+    stay; where that loses more than twice what evenly spaced ones do, as far from zero, they are those. The temperature
+    rises from the authors' 10 with the slope, as theirs does with the epochs. A cap of 1 on the slope in the derivative
+    keeps it at 10 there: a wider derivative leaves deep networks hardly a gradient, a sharper one explodes.
 
     Args:
         codes: code range.
@@ -199,11 +199,11 @@ class SigmoidSumQuantizer(SoftQuantizer):
             scale,
             self._unit(view),
             self.thresholds,
-            _COLDEST + 2 * self.slope,
+            _COLDEST * (1 + self.slope),
             lowest=self.codes.lo + self.codes.offset,
             hard=hard,
             gradient_scale=gradient_scale,
-            temperature_backward_max=2 * self.slope_backward_max,
+            temperature_backward_max=_COLDEST * self.slope_backward_max,
         )
 
     def _nearest(self, view: Tensor, scale: Tensor) -> Tensor:
