@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lq.functional.layout import positive
+from lq.functional.lookup import count_reached, take
 
 __all__ = ["learned_step_points", "learned_step_quantize"]
 
@@ -52,11 +53,10 @@ def learned_step_quantize(x: Tensor, steps: Tensor, below: int) -> Tensor:
     """
     levels = learned_step_points(steps, below)
     fixed, value = levels.detach(), x.detach()
-    interval = torch.bucketize(value, fixed[1:-1], right=True)
-    gap = positive(steps)[interval]
-    low = fixed[interval]
+    interval = count_reached(value, fixed[1:-1])
+    gap, low = take(positive(steps), interval), take(fixed, interval)
     f = (value - low) / gap.detach()
     up = (f >= 0.5).to(value.dtype)
-    near = torch.where(up > 0, fixed[interval + 1], low)
+    near = torch.where(up > 0, take(fixed, interval + 1), low)
     inside = x + (near - value) + (up - f) * (gap - gap.detach())
     return torch.where(value > fixed[-1], levels[-1], torch.where(value < fixed[0], levels[0], inside))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lq.functional.lookup import count_reached, take
+
 __all__ = ["log_points", "log_round", "power_of_two_scale"]
 
 _OCTAVES = 7
@@ -43,7 +45,7 @@ def log_round(u: Tensor, points: Tensor) -> Tensor:
     """
     points = points.to(u.dtype)
     between = points[:-1] * (points[1:] / points[:-1]).sqrt()
-    return torch.copysign(points[torch.bucketize(u.abs(), between, right=True)], u)
+    return torch.copysign(take(points, count_reached(u.abs(), between)), u)
 
 
 def power_of_two_scale(

@@ -7,9 +7,9 @@ upwards. A tie goes to the point of larger magnitude (signed: the larger point).
 import torch
 from torch import Tensor
 
-__all__ = ["code_table", "decode_points", "encode_points", "nearest_point", "signed_levels"]
+from lq.functional.lookup import count_reached, take
 
-_FEW = 16  # up to so many thresholds are counted, which vectorises; more are searched
+__all__ = ["code_table", "decode_points", "encode_points", "nearest_point", "signed_levels"]
 
 
 def nearest_point(u: Tensor, points: Tensor) -> Tensor:
@@ -25,15 +25,7 @@ def nearest_point(u: Tensor, points: Tensor) -> Tensor:
     >>> nearest_point(torch.tensor([[-3.0, 0.5, 9.0]]), torch.tensor([0.0, 1.0, 4.0]))
     tensor([[0, 1, 2]])
     """
-    middles = ((points[..., 1:] + points[..., :-1]) / 2).to(u.dtype)
-    if middles.shape[-1] <= _FEW:
-        index = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
-        for middle in middles.unbind(-1):
-            index += u >= middle.reshape(-1, 1)
-        return index.long()
-    if middles.dim() == 1:
-        return torch.bucketize(u, middles, right=True)
-    return torch.searchsorted(middles.contiguous(), u.contiguous(), right=True)
+    return count_reached(u, (points[..., 1:] + points[..., :-1]) / 2)
 
 
 def encode_points(x: Tensor, points: Tensor, scale: Tensor, *, bits: int, signed: bool) -> Tensor:
@@ -78,8 +70,7 @@ def decode_points(codes: Tensor, points: Tensor, scale: Tensor, *, bits: int, si
     tensor([[-1.0000,  0.5000]])
     """
     codes, table = codes.long(), code_table(points.to(scale.dtype), bits=bits, signed=signed)
-    values = table[codes] if table.dim() == 1 else table.gather(1, codes)
-    return values * scale.reshape(-1, 1)
+    return take(table, codes) * scale.reshape(-1, 1)
 
 
 def code_table(points: Tensor, *, bits: int, signed: bool) -> Tensor:

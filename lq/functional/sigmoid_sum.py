@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lq.functional.layout import positive, reduce_to_scale
+from lq.functional.lookup import count_reached
 
 __all__ = ["reached", "sigmoid_sum"]
 
@@ -117,4 +118,4 @@ def reached(x: Tensor, input_scale: Tensor, thresholds: Tensor) -> Tensor:
     >>> reached(torch.tensor([-3.0, 0.5, 3.0]), torch.ones(1), torch.tensor([-0.5, 0.5])).tolist()
     [0, 2, 2]
     """
-    return torch.bucketize(x / positive(input_scale), thresholds.to(x.dtype), right=True)
+    return count_reached(x / positive(input_scale), thresholds)

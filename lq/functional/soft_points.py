@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lq.functional.layout import positive, reduce_to_scale
+from lq.functional.lookup import count_reached, take
 from lq.functional.points import decode_points, encode_points, signed_levels
 from lq.functional.regularizer import REGULARIZERS
 from lq.functional.soft import IDENTITY_SLOPE, STAIRCASES, rise_, rise_derivative_, step_height
@@ -52,20 +53,18 @@ class _Place(NamedTuple):
 
 
 def _locate(x: Tensor, s: Tensor, levels: Tensor) -> _Place:
-    t = x / s.reshape(-1, 1)
-    ends = levels[..., :1], levels[..., -1:]
+    t, ends = x / s.reshape(-1, 1), (levels[..., :1], levels[..., -1:])
     u = torch.minimum(torch.maximum(t, ends[0]), ends[1])
-    inner = levels[..., 1:-1].contiguous()
-    if levels.dim() == 1:
-        index = torch.bucketize(u, inner, right=True)
-        low, high = levels[index], levels[index + 1]
-    else:
-        index = torch.searchsorted(inner, u.contiguous(), right=True)
-        low, high = levels.gather(1, index), levels.gather(1, index + 1)
+    index = count_reached(u, levels[..., 1:-1])
+    low, high = take(levels, index), take(levels, index + 1)
     gap = (high - low).clamp_min(_TINY)
+    return _Place(low, gap, (u - low) / gap - 0.5, _inside(t, levels))
+
+
+def _inside(t: Tensor, levels: Tensor) -> Tensor:
+    ends = levels[..., :1], levels[..., -1:]
     margin = 1e-6 * ends[1].abs()
-    inside = (t >= ends[0] - margin) & (t <= ends[1] + margin)
-    return _Place(low, gap, (u - low) / gap - 0.5, inside)
+    return (t >= ends[0] - margin) & (t <= ends[1] + margin)
 
 
 class _PointStaircase(torch.autograd.Function):
@@ -92,20 +91,23 @@ class _PointStaircase(torch.autograd.Function):
             rise = rise_(place.r * slope, staircase).div_(step_height(slope, staircase)).add_(0.5)
             y = (rise * place.gap + place.low) * s.reshape(-1, 1)
         ctx.save_for_backward(x, y, scale, slope.clamp_max(slope_cap), set_.levels)
-        ctx.how = staircase, gradient_scale, straight_through
+        ctx.how = staircase, gradient_scale, straight_through, slope_cap == 0
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, y, scale, slope, levels = ctx.saved_tensors
-        staircase, gradient_scale, straight_through = ctx.how
+        staircase, gradient_scale, straight_through, flat = ctx.how
         s = positive(scale)
-        place = _locate(x, s, levels)
-        derivative = rise_derivative_(place.r * slope, staircase) * (slope / step_height(slope, staircase))
-        passed = grad * place.inside
-        grad_x = passed * derivative
         column = s.reshape(-1, 1)
+        if flat:
+            grad_x = passed = grad * _inside(x / column, levels)
+        else:
+            place = _locate(x, s, levels)
+            derivative = rise_derivative_(place.r * slope, staircase) * (slope / step_height(slope, staircase))
+            passed = grad * place.inside
+            grad_x = passed * derivative
         moved = passed if straight_through else grad_x
         grad_scale = (reduce_to_scale(grad, y, column) - reduce_to_scale(moved, x, column)) / column
         grad_scale = grad_scale.reshape(scale.shape) * torch.sign(scale) * gradient_scale
@@ -137,7 +139,7 @@ def point_staircase(
         set_: the points.
         staircase: g: "tanh", "atan" or "linear".
         hard: nearest level in the forward pass, soft derivative in the backward pass.
-        slope_backward_max: cap on the slope in the derivative alone; 1e-3 makes it straight-through.
+        slope_backward_max: cap on the slope in the derivative alone; 0 makes it straight-through.
         gradient_scale: factor on the gradient of the scale.
         straight_through_scale: take dQ/dx for 1, its mean, in dQ/ds.
 

@@ -166,8 +166,8 @@ class PointQuantizer(SoftQuantizer):
         return float(2 ** (self.codes.bits - 1) - 1)  # as many steps as uniform levels would have
 
     def _straight_through(self, view: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
-        flat = torch.zeros_like(self.slope)
-        return point_staircase(view, scale, flat, self.point_set, hard=True, gradient_scale=gradient_scale)
+        how = {"hard": True, "slope_backward_max": 0.0, "gradient_scale": gradient_scale}
+        return point_staircase(view, scale, self.slope, self.point_set, **how)
 
     def _nearest(self, view: Tensor, scale: Tensor) -> Tensor:
         return self.point_set.hard(view, scale)

@@ -73,10 +73,15 @@ def test_limits_of_the_slope_and_straight_through():
     away = (x.detach().abs() - torch.tensor([0.375, 1.0])[:, None, None]).abs().amin(0) > 1e-3
     away &= x.detach().abs() > 1e-3
     torch.testing.assert_close(sharp[away], set_.hard(x, one)[away])
-    hard = point_staircase(x, one, 5 * one, set_, hard=True, slope_backward_max=1e-3)
-    assert torch.equal(hard, set_.hard(x, one))
-    hard.sum().backward()
-    torch.testing.assert_close(x.grad, torch.ones_like(x))
+    beyond = torch.cat([x.detach(), torch.full((1, 1), 9.0, dtype=torch.float64)], dim=1)
+    for cap in (1e-3, 0.0):
+        given, scale = beyond.clone().requires_grad_(), one.clone().requires_grad_()
+        hard = point_staircase(given, scale, 5 * one, set_, hard=True, slope_backward_max=cap)
+        assert torch.equal(hard, set_.hard(given, scale))
+        hard.sum().backward()
+        torch.testing.assert_close(given.grad, (beyond.abs() <= 1.5).to(beyond))
+        inside = beyond.abs() <= 1.5
+        torch.testing.assert_close(scale.grad, (hard - beyond * inside).sum().reshape(1).detach(), atol=1e-4, rtol=0)
 
 
 def test_equal_gaps_give_the_uniform_staircase():
