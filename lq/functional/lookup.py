@@ -26,7 +26,7 @@ def count_reached(u: Tensor, thresholds: Tensor) -> Tensor:
         count = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
         for threshold in thresholds.unbind(-1):
             column = threshold.reshape(-1, 1) if threshold.dim() else threshold
-            count += (u >= column).view(torch.uint8)
+            count += u >= column
         return count.long()
     if thresholds.dim() == 1:
         return torch.bucketize(u, thresholds, right=True)
