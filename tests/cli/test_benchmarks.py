@@ -1,0 +1,44 @@
+import argparse
+import importlib
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from lq._paths import home
+from lq.cli.config import register
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(home() / "benchmarks"))
+    monkeypatch.setenv("LQ_HOME", str(home()))
+    monkeypatch.setenv("LQ_DATA", "/nowhere")
+    register()
+    with initialize_config_dir(str(home() / "conf"), version_base="1.3"):
+        yield importlib.import_module
+
+
+def composed(benchmark, change="unchanged", method="soft", network="resnet20_unseen", extras="distill"):
+    options = argparse.Namespace(network=network, method=method, bits=2, extras=extras, epochs=1, lr=0.01)
+    given = benchmark("ablation").settings(options, change)
+    return compose("config", ["output_dir=/tmp/unused", *benchmark("accuracy").overrides(given, method, [0])])
+
+
+def test_every_change_of_the_ablation_is_one_of_settings_that_exist(benchmark):
+    changes = benchmark("ablation").CHANGES
+    assert len(changes) >= 30
+    plain = composed(benchmark)
+    for change in changes:
+        config = composed(benchmark, change)
+        assert (config == plain) == (change == "unchanged"), change
+        assert all(instantiate(part) for part in config.callbacks.values()), change
+
+
+def test_every_row_of_the_table_is_one_of_settings_that_exist(benchmark):
+    table = benchmark("accuracy")
+    for network in table.NETWORKS:
+        for method in table.METHODS:
+            assert composed(benchmark, method=method, network=network).trainer.max_epochs == 1
+    for extras in table.EXTRAS:
+        assert composed(benchmark, extras=extras).quantizer.bits == 2
