@@ -47,7 +47,11 @@ DISTILL = "callbacks.distillation"
 EXTRA = {  # what any quantizer can be trained with
     "no distillation": [f"{DISTILL}.weight=0"],
     "distillation: the teacher alone": [f"{DISTILL}.task_weight=0"],
+    "distillation: weight 4": [f"{DISTILL}.weight=4"],
+    "distillation: temperature 2": [f"{DISTILL}.temperature=2"],
     "distillation: temperature 4": [f"{DISTILL}.temperature=4"],
+    "distillation: temperature 8": [f"{DISTILL}.temperature=8"],
+    "distillation: temperature 4, the teacher alone": [f"{DISTILL}.temperature=4", f"{DISTILL}.task_weight=0"],
     "distillation: of features, too": [f"{DISTILL}.features=[layer1,layer2,layer3]", f"{DISTILL}.feature_weight=1"],
     "weights averaged": [
         "+callbacks.averaging={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.99}"
