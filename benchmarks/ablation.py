@@ -10,6 +10,7 @@ method, seed by seed.
 """
 
 import argparse
+from collections.abc import Iterable
 
 from accuracy import EXTRAS, KEY, METHODS, NETWORKS, RESULTS, fill, key_of, with_defaults
 from accuracy_table import rows_of, spread
@@ -69,7 +70,7 @@ EXTRA = {  # what any quantizer can be trained with
     "learning rate 0.003": ["optimizer.lr=0.003"],
     "learning rate 0.03": ["optimizer.lr=0.03"],
 }
-CHANGES |= EXTRA
+OWN, CHANGES = CHANGES, CHANGES | EXTRA
 
 
 def settings(options: argparse.Namespace, change: str) -> argparse.Namespace:
@@ -85,16 +86,21 @@ def found(options: argparse.Namespace, change: str) -> dict[int, float]:
 
 
 def show(options: argparse.Namespace) -> str:
-    """Accuracy and difference from the unchanged method as a table in Markdown."""
+    """Accuracy and difference from the unchanged method, a table in Markdown for the method and one for the extras."""
+    return "\n\n".join(filter(None, [_table(options, OWN), _table(options, ["unchanged", *EXTRA])]))
+
+
+def _table(options: argparse.Namespace, changes: Iterable[str]) -> str:
+    """Of what has been run; empty where that is nothing but the unchanged method."""
     base = found(options, "unchanged")
     lines = [f"| W{options.bits}A{options.bits}, held-out images | accuracy | difference |", "| --- | --: | --: |"]
-    for change in CHANGES:
+    for change in changes:
         values = found(options, change)
         if not values:
             continue
-        differences = [values[seed] - base[seed] for seed in values if seed in base]
+        differences = [] if change == "unchanged" else [values[seed] - base[seed] for seed in values if seed in base]
         lines.append(f"| {change} | {spread(list(values.values()))} | {spread(differences, sign=True)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 3 else ""
 
 
 def main() -> None:

@@ -55,7 +55,12 @@ EXTRAS = {  # as in rows and on the command line
     "none": ("none", ["callbacks=default", "schedule.reestimate_bn=0"]),
     "distill": (
         "distillation, batch norms",
-        ["callbacks=distill", "callbacks.distillation.task_weight=1", "schedule.reestimate_bn=20"],
+        [
+            "callbacks=distill",
+            "callbacks.distillation.task_weight=1",
+            "callbacks.distillation.temperature=1",
+            "schedule.reestimate_bn=20",
+        ],
     ),
     "temperature4": (
         "distillation at temperature 4, batch norms",
@@ -227,8 +232,8 @@ def main() -> None:
     parser.add_argument(
         "--extras",
         choices=EXTRAS,
-        help="the float network teaches beside the task's loss, at temperature 1 or 4, or alone (default for MobileNet), "
-        "or ResNet-56 does; all re-estimate batch norms",
+        help="the float network teaches beside the task's loss (at temperature 4 with temperature4), or alone (default "
+        "for MobileNet), or ResNet-56 does; all re-estimate batch norms",
     )
     parser.add_argument("--trial", action="store_true", help="held-out images only")
     parser.add_argument("--set", nargs="*", default=[], help="further overrides, part of the method's name")
