@@ -73,13 +73,19 @@ EXTRAS = {  # as in rows and on the command line
     ),
     "teacher": (
         "teacher alone, batch norms",
-        ["callbacks=distill", "callbacks.distillation.task_weight=0", "schedule.reestimate_bn=20"],
+        [
+            "callbacks=distill",
+            "callbacks.distillation.task_weight=0",
+            "callbacks.distillation.temperature=1",
+            "schedule.reestimate_bn=20",
+        ],
     ),
     "resnet56": (
         "ResNet-56 alone, batch norms",
         [
             "callbacks=teacher",
             "callbacks.distillation.task_weight=0",
+            "callbacks.distillation.temperature=1",
             "callbacks.distillation.teacher.name=cifar_resnet56",
             "callbacks.distillation.teacher.checkpoint=${oc.env:LQ_DATA}/cifar10_resnet56.safetensors",
             "schedule.reestimate_bn=20",

@@ -31,7 +31,8 @@ class SelfDistillation(Callback):
         teacher: any other network that takes the same inputs; None for the student's float copy.
         weight: factor of the divergence.
         task_weight: factor of the task's loss; 0 learns from the teacher alone, so that labels do not matter.
-        temperature: that softens both.
+        temperature: that softens both, positive; at 1 little is learned from a teacher as sure of itself as a network
+            is of images that it was trained on.
         features: paths in the student whose outputs shall resemble the teacher's, too.
         feature_weight: factor of the mean of their `lq.functional.distillation.feature_loss`.
         logits: takes the logits from what the networks return; None where they return them.
@@ -56,7 +57,7 @@ class SelfDistillation(Callback):
         teacher: nn.Module | None = None,
         weight: float = 1.0,
         task_weight: float = 1.0,
-        temperature: float = 1.0,
+        temperature: float = 4.0,
         features: Sequence[str] = (),
         feature_weight: float = 0.0,
         logits: Callable[[Any], Tensor] | None = None,
@@ -72,7 +73,7 @@ class SelfDistillation(Callback):
         if not (weight or task_weight or feature_weight):
             raise ValueError("weight and task_weight must not both be 0, which leaves no loss: set weight=1")
         if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}: 1 is usual")
+            raise ValueError(f"temperature must be positive, got {temperature}: 4 is usual")
         if isinstance(features, str):
             raise ValueError(f'features must be a list of paths, got {features!r}: write features=["{features}"]')
         if bool(features) != (feature_weight > 0):
