@@ -18,7 +18,7 @@ from accuracy_table import rows_of, spread
 PATH = RESULTS / "accuracy_trials.csv"
 BASE = "soft"
 EARLY, SOFT = "schedule.strength_start=0", "quantizer.forward=soft"
-CHANGES = {
+OWN = {  # what the method is made of
     "unchanged": [],
     "weights: soft forward": [SOFT],
     "levels: mid-tread": ["quantizer.grid=mid_tread"],
@@ -70,7 +70,7 @@ EXTRA = {  # what any quantizer can be trained with
     "learning rate 0.003": ["optimizer.lr=0.003"],
     "learning rate 0.03": ["optimizer.lr=0.03"],
 }
-OWN, CHANGES = CHANGES, CHANGES | EXTRA
+CHANGES = OWN | EXTRA
 
 
 def settings(options: argparse.Namespace, change: str) -> argparse.Namespace:

@@ -51,46 +51,24 @@ METHODS = {
 }
 # weight decay falls with the width, as for LSQ (Esser et al. 2020, section 3)
 DECAY_FACTOR = {2: 0.25, 3: 0.5}
+
+
+def _distilled(callbacks: str, task_weight: int, temperature: int, *more: str) -> list[str]:
+    settings = {"task_weight": task_weight, "temperature": temperature}
+    given = [f"callbacks.distillation.{name}={value}" for name, value in settings.items()]
+    return [f"callbacks={callbacks}", *given, *more, "schedule.reestimate_bn=20"]
+
+
+_RESNET56 = (
+    "callbacks.distillation.teacher.name=cifar_resnet56",
+    "callbacks.distillation.teacher.checkpoint=${oc.env:LQ_DATA}/cifar10_resnet56.safetensors",
+)
 EXTRAS = {  # as in rows and on the command line
     "none": ("none", ["callbacks=default", "schedule.reestimate_bn=0"]),
-    "distill": (
-        "distillation, batch norms",
-        [
-            "callbacks=distill",
-            "callbacks.distillation.task_weight=1",
-            "callbacks.distillation.temperature=1",
-            "schedule.reestimate_bn=20",
-        ],
-    ),
-    "temperature4": (
-        "distillation at temperature 4, batch norms",
-        [
-            "callbacks=distill",
-            "callbacks.distillation.task_weight=1",
-            "callbacks.distillation.temperature=4",
-            "schedule.reestimate_bn=20",
-        ],
-    ),
-    "teacher": (
-        "teacher alone, batch norms",
-        [
-            "callbacks=distill",
-            "callbacks.distillation.task_weight=0",
-            "callbacks.distillation.temperature=1",
-            "schedule.reestimate_bn=20",
-        ],
-    ),
-    "resnet56": (
-        "ResNet-56 alone, batch norms",
-        [
-            "callbacks=teacher",
-            "callbacks.distillation.task_weight=0",
-            "callbacks.distillation.temperature=1",
-            "callbacks.distillation.teacher.name=cifar_resnet56",
-            "callbacks.distillation.teacher.checkpoint=${oc.env:LQ_DATA}/cifar10_resnet56.safetensors",
-            "schedule.reestimate_bn=20",
-        ],
-    ),
+    "distill": ("distillation, batch norms", _distilled("distill", 1, 1)),
+    "temperature4": ("distillation at temperature 4, batch norms", _distilled("distill", 1, 4)),
+    "teacher": ("teacher alone, batch norms", _distilled("distill", 0, 1)),
+    "resnet56": ("ResNet-56 alone, batch norms", _distilled("teacher", 0, 1, *_RESNET56)),
 }
 KEY = "network bits method extras epochs lr seed".split()
 FIELDS = [*KEY, "held_out", "test", "float", "seconds"]

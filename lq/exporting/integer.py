@@ -11,6 +11,7 @@ from lq.exporting.graph import UnsupportedError, trace
 from lq.exporting.lower import InputCodes, LayerPlan, Step, lower
 from lq.functional.fixed_point import requantize, rounding_shift, wrap
 from lq.functional.layout import positive
+from lq.functional.lookup import count_reached
 from lq.functional.shift_add import integer_conv, shift_add_conv
 from lq.quantizers import LSQPlusQuantizer, PointQuantizer
 
@@ -170,7 +171,7 @@ def to_codes(wide: Tensor, takes: InputCodes) -> Tensor:
         int32, shape of ``wide``.
     """
     if takes.thresholds is not None:
-        return torch.bucketize(wide, takes.thresholds, right=True).to(torch.int32)
+        return count_reached(wide, takes.thresholds).to(torch.int32)
     assert takes.by is not None
     return requantize(wide, takes.by).clamp_(takes.lo, takes.hi).to(torch.int32)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional.layout import positive
+from lq.functional.lookup import count_reached, take
 from lq.functional.rounding import rounding_penalty, rounding_start, soft_rounding
 from lq.nn import QuantLayer
 from lq.quantizers import ActivationQuantizer, Quantizer
@@ -36,9 +37,9 @@ class LearnedRounding(nn.Module):
         self.dtype = weight.dtype
         rows = self.layout.rows(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
         levels = quantizer.level_values().to(rows).expand(len(rows), -1).contiguous()
-        below = torch.searchsorted(levels[:, 1:-1].contiguous(), rows.contiguous(), right=True)
-        self.low = levels.gather(1, below)
-        self.gap = levels.gather(1, below + 1) - self.low
+        below = count_reached(rows, levels[:, 1:-1])
+        self.low = take(levels, below)
+        self.gap = take(levels, below + 1) - self.low
         position = ((rows - self.low) / self.gap.clamp_min(1e-12)).clamp(0, 1)
         if rounded is not None:
             above = self.layout.rows(rounded.detach()) > self.low + self.gap / 2

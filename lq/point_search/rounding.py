@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lq.functional.feedback import error_feedback
+from lq.functional.lookup import take
 from lq.functional.points import nearest_point
 from lq.nn import QuantLayer, named_quantized_layers, weight_key
 from lq.point_search.blocks import BlockData, find_blocks
@@ -73,8 +74,7 @@ def _nearest(layer: QuantLayer) -> Callable[[Tensor], Tensor]:
     def quantize(column: Tensor) -> Tensor:
         flat = column.reshape(-1, 1) if per_channel else column.reshape(1, -1)
         index = nearest_point(flat, levels)
-        value = levels.gather(1, index) if per_channel else levels[index]
-        return value.reshape(column.shape)
+        return take(levels, index).reshape(column.shape)
 
     return quantize
 
