@@ -37,7 +37,9 @@ METHODS = {
     "minmax": ["quantizer=minmax"],
     "minmax, folded": ["quantizer=minmax", "quantizer.fold_norms=true"],
     "pact": ["quantizer=pact"],
+    "pact, mid-rise": ["quantizer=pact", MID_RISE],  # the published levels, of dsq, too
     "dsq": ["quantizer=dsq"],
+    "dsq, mid-rise": ["quantizer=dsq", MID_RISE],
     "qn": ["quantizer=qn"],
     "apot": ["quantizer=apot"],
     "nulsq": ["quantizer=nulsq"],
