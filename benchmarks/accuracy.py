@@ -71,6 +71,7 @@ EXTRAS = {  # as in rows and on the command line
     "temperature4": ("distillation at temperature 4, batch norms", _distilled("distill", 1, 4)),
     "teacher": ("teacher alone, batch norms", _distilled("distill", 0, 1)),
     "resnet56": ("ResNet-56 alone, batch norms", _distilled("teacher", 0, 1, *_RESNET56)),
+    "resnet56_temperature4": ("ResNet-56 at temperature 4, batch norms", _distilled("teacher", 1, 4, *_RESNET56)),
 }
 KEY = "network bits method extras epochs lr seed".split()
 FIELDS = [*KEY, "held_out", "test", "float", "seconds"]
