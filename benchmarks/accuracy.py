@@ -28,6 +28,7 @@ from accuracy_table import picture, rows_of, show
 
 RESULTS = Path(__file__).parent / "results"
 MID_RISE, MID_TREAD = "quantizer.grid=mid_rise", "quantizer.grid=mid_tread"
+BY_CHANNEL = "quantizer.granularity=channel"  # their bound is one of each output's weights
 METHODS = {
     "float": ["quantizer=none"],
     "lsq": ["quantizer=lsq"],
@@ -47,6 +48,9 @@ METHODS = {
     "dlq": ["quantizer=dlq"],
     "codebook": ["quantizer=codebook"],
     "subset": ["quantizer=subset"],
+    "a2q": ["quantizer=a2q", BY_CHANNEL],  # as oaq for accumulators of 16 bits
+    "a2q_plus": ["quantizer=a2q_plus", BY_CHANNEL],
+    "oaq": ["quantizer=oaq"],
     "soft": ["quantizer=soft"],  # all of it as it is by default
     "soft, mid-rise": ["quantizer=soft", MID_RISE],
     "soft, mid-tread": ["quantizer=soft", MID_TREAD],
@@ -132,6 +136,7 @@ def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> lis
     plain, network = method == "float", NETWORKS[options.network]
     given = [
         *network.recipe,
+        *([] if plain else [f"quantizer.bits={options.bits}", f"quantizer.granularity={network.granularity}"]),
         *METHODS[method],
         f"optimizer.lr={options.lr}",
         f"optimizer.weight_decay={network.weight_decay * DECAY_FACTOR.get(options.bits, 1.0)}",
@@ -141,8 +146,6 @@ def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> lis
         "seed=" + ",".join(map(str, seeds)),
     ]
     given += [extra for extra in EXTRAS[options.extras][1] if not (plain and extra.startswith("schedule."))]
-    if not plain:
-        given += [f"quantizer.bits={options.bits}", f"quantizer.granularity={network.granularity}"]
     return given + options.set
 
 
