@@ -54,6 +54,7 @@ EXTRA = {  # what any quantizer can be trained with
     "distillation: temperature 8": [f"{DISTILL}.temperature=8"],
     "distillation: temperature 4, the teacher alone": [f"{DISTILL}.temperature=4", f"{DISTILL}.task_weight=0"],
     "distillation: of features, too": [f"{DISTILL}.features=[layer1,layer2,layer3]", f"{DISTILL}.feature_weight=1"],
+    "weights rounded with error feedback first": ["schedule.start_rounding=error_feedback"],
     "weights averaged": [
         "+callbacks.averaging={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.99}"
     ],

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_first", "is_distributed", "mean_", "minimum", "sum_"]
+__all__ = ["first_", "gather_first", "is_distributed", "mean_", "minimum", "sum_"]
 
 
 def is_distributed() -> bool:
@@ -55,6 +55,20 @@ def mean_(x: Tensor) -> Tensor:
         ``x``.
     """
     return sum_(x).div_(dist.get_world_size()) if is_distributed() else x
+
+
+def first_(x: Tensor) -> Tensor:
+    """What the first process has, in place.
+
+    Args:
+        x: the same shape everywhere.
+
+    Returns:
+        ``x``.
+    """
+    if is_distributed():
+        dist.broadcast(x, 0)
+    return x
 
 
 def gather_first(x: Tensor) -> Tensor:

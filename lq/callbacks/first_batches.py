@@ -10,15 +10,27 @@ from torch import nn
 from lq.calibration import calibrate, named_batch_norms, reestimate_batch_norm, uncalibrated_layers
 from lq.callbacks.batches import Forward, UncopyableError, shadow, training_batches
 from lq.callbacks.guards import check_called
+from lq.distributed import first_, mean_
 from lq.nn import named_quantized_layers
+from lq.point_search.inputs import hessians, with_patches
+from lq.point_search.rounding import feed_back
 from lq.spec import QuantSpec
-from lq.surgery import execution_order, find_norms, follow_norms, layer_specs, reassign_ends, set_widths
+from lq.surgery import (
+    dequantize_model,
+    execution_order,
+    find_norms,
+    follow_norms,
+    layer_specs,
+    reassign_ends,
+    set_widths,
+)
 
 __all__ = [
     "calibrate_on_training_batches",
     "follow_norms_on_training_batch",
     "recalibrate_on_training_batches",
     "reestimate_on_training_batches",
+    "round_on_training_batches",
     "training_norms",
 ]
 
@@ -84,6 +96,34 @@ def recalibrate_on_training_batches(
     with training_batches(trainer, count) as batches, torch.no_grad():
         calibrate(twin, batches, run)
     _take_input_levels(pl_module, twin, paths)
+
+
+def round_on_training_batches(trainer: Any, pl_module: Any, count: int, forward: Forward | None) -> None:
+    """Put weights onto their levels with error feedback, for the inputs that they have in the float network, in place.
+
+    Args:
+        trainer: of a fit that is about to take its first step.
+        pl_module: the quantized module, its scales set; only its weights change.
+        count: batches to look at.
+        forward: the user's way to run the module on a batch, or None.
+
+    Warns:
+        UserWarning: for layers that are left as they are, with the reason.
+    """
+    twin, run = shadow(trainer, pl_module, forward)
+    dequantize_model(twin.eval(), keep_latent=True)
+    layers = named_quantized_layers(pl_module)
+    floats = with_patches({path: twin.get_submodule(path) for path in layers})
+    with training_batches(trainer, count) as batches:
+        products = hessians(twin, floats, list(batches), run)
+    for product in products.values():
+        mean_(product)
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    for path, reason in feed_back(pl_module, layers, products, progress=shown).items():
+        if reason:
+            rank_zero_warn(f"start_rounding leaves {path} as it is: {reason}")
+        else:
+            first_(cast(torch.Tensor, layers[path].weight).detach())  # another processor may round a tie otherwise
 
 
 def follow_norms_on_training_batch(trainer: Any, pl_module: Any, forward: Forward | None, *, calibrate: bool) -> None:

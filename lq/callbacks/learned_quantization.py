@@ -13,6 +13,7 @@ from lq.callbacks.first_batches import (
     calibrate_on_training_batches,
     follow_norms_on_training_batch,
     reestimate_on_training_batches,
+    round_on_training_batches,
     training_norms,
 )
 from lq.callbacks.guards import (
@@ -155,20 +156,22 @@ class LearnedQuantization(Callback):
         if not named_quantized_layers(pl_module):
             raise ValueError("no layer was quantized: build the network in __init__, setup or configure_model")
         self.annealing.resolve(steps_of_fit(trainer))
-        if self.annealing.step == 0 and (self._fresh or uncalibrated_layers(pl_module)):
-            count, forward = self.anneal.calibration_batches, self.calibration_forward
+        begins = self.annealing.step == 0
+        count, forward = self.anneal.calibration_batches, self.calibration_forward
+        if begins and (self._fresh or uncalibrated_layers(pl_module)):
             order = calibrate_on_training_batches(trainer, pl_module, self.spec, count, forward, self._order)
             self.report = swap_report(make_plan(pl_module, self.spec, order))
             self._fresh = False
-        begins = self.annealing.step == 0
-        follow_norms_on_training_batch(trainer, pl_module, self.calibration_forward, calibrate=begins)
+        follow_norms_on_training_batch(trainer, pl_module, forward, calibrate=begins)
+        if begins and self.anneal.start_rounding:
+            round_on_training_batches(trainer, pl_module, count, forward)
         check_optimizers(trainer.optimizers, pl_module)
         scales = Rule(tuple(scale_parameters(pl_module)), lr=self.anneal.scale_lr_factor, weight_decay=0.0)
         layers = named_quantized_layers(pl_module).values() if self.anneal.weight_decay_by_bits else ()
         self._rules = [GroupRules(o, lambda: [scales, *decay_rules(layers)]) for o in trainer.optimizers]
         self._collapsed_at_start = check_collapse(pl_module, layer_statistics(pl_module))
         set_slope(pl_module, self.annealing.slope)
-        if self.report is not None and self.annealing.step == 0:
+        if self.report is not None and begins:
             log_report(trainer, self.report)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -254,8 +257,8 @@ class LearnedQuantization(Callback):
             self._reestimate(trainer, pl_module)
 
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        count, forward = self.anneal.reestimate_bn, self.calibration_forward
-        reestimate_on_training_batches(trainer, pl_module, count, forward, self._norms or ())
+        forward, norms = self.calibration_forward, self._norms or ()
+        reestimate_on_training_batches(trainer, pl_module, self.anneal.reestimate_bn, forward, norms)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the plateau criterion."""

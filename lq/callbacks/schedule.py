@@ -36,6 +36,9 @@ class AnnealSpec:
         scale_lr_factor: learning rate of scales relative to that of their parameter group.
         weight_decay_by_bits: whether weights of 3 bits get half, of 2 bits a quarter of their group's weight decay.
         calibration_batches: training batches that set the activation scales before the first step.
+        start_rounding: "error_feedback" puts the weights onto their levels before the first step, so that those not yet
+            rounded make up for the error of those that are, on the calibration batches: training starts from a better
+            network, which low learning rates or a warm-up keep. None leaves the weights as they are.
         reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, 0 for none;
             networks without batch norms pay nothing.
 
@@ -56,6 +59,7 @@ class AnnealSpec:
     scale_lr_factor: float = 1.0
     weight_decay_by_bits: bool = False
     calibration_batches: int = 8
+    start_rounding: str | None = None
     reestimate_bn: int = 20
 
     def __post_init__(self) -> None:
@@ -82,6 +86,7 @@ class AnnealSpec:
             ("regularizer", (*REGULARIZERS, None)),
             ("regularizer_on", ("latent", "quantized")),
             ("strength_schedule", SCHEDULES),
+            ("start_rounding", ("error_feedback", None)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}: choose one of those")

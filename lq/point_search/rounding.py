@@ -23,7 +23,7 @@ __all__ = ["feed_back", "reconstruct"]
 
 
 def _obstacle(layer: QuantLayer, uses: Counter[int]) -> str:
-    if layer.transforms_weight:
+    if layer.transforms_weight or layer.weight_normalizer is not None or not isinstance(layer.weight, nn.Parameter):
         return "it computes its weight from its parameter"
     if uses[weight_key(layer)] > 1:
         return "its weight is tied to another layer"
@@ -61,8 +61,11 @@ def feed_back(
         weight = cast(Tensor, layer.weight)
         groups = len(products[path])
         rows = weight.reshape(groups, weight.shape[0] // groups, -1)
-        rounded = error_feedback(rows, products[path], _nearest(layer))
-        weight.copy_(rounded.reshape(weight.shape))
+        rounded = error_feedback(rows, products[path], _nearest(layer)).reshape(weight.shape)
+        if torch.allclose(layer.weight_quantizer.hard(rounded), rounded, rtol=1e-4):
+            weight.copy_(rounded)
+        else:
+            done[path] = "its quantizer does not leave a level where it is"
     return done
 
 

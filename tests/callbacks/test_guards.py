@@ -55,6 +55,7 @@ def test_an_average_that_starts_late_is_warned_of():
         ({"scale_lr_factor": -0.1}, "scale_lr_factor must not be negative"),
         ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
         ({"strength_schedule": "step"}, "strength_schedule must be one of"),
+        ({"start_rounding": "nearest"}, "start_rounding must be one of"),
         ({"hold": 100}, "hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got 100"),
         ({"log_every_n_steps": 0}, "every_n_steps must be at least 1 or None, got 0"),
     ],

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lq
 from lq.metrics import Alignment
+from lq.nn import named_quantized_layers
+from lq.point_search.inputs import hessians
+from lq.point_search.rounding import feed_back
 from tests.helpers.by_hand import SETTINGS, ByHand, ByHandManual, by_hand_net, weights_of
 from tests.helpers.modules import Manual, Plain, fit, loader, mlp
 
@@ -19,6 +24,7 @@ MODES = {
     "accumulation-clipping": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
     "manual": {},
     "compiled": {},
+    "rounded": {},
 }
 
 
@@ -33,6 +39,29 @@ def sharded(rank: int) -> DataLoader:
     return DataLoader(dataset, batch_size=8, sampler=sampler)
 
 
+class First(Callback):
+    """Keeps what the network is before the first step."""
+
+    weights = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.weights = self.weights or weights_of(pl_module)
+
+
+def rounded_(twin: nn.Sequential, net: nn.Sequential) -> None:
+    """Give the twin the weights that error feedback finds on what both ranks see."""
+    count = SETTINGS["calibration_batches"]
+    images = [batch[0] for rank in (0, 1) for batch in islice(sharded(rank), count)]
+    quantized = copy.deepcopy(net)
+    lq.quantize_model(quantized, lq.QuantSpec(**{name: SETTINGS[name] for name in ("bits", "grid", "first_last_bits")}))
+    layers = named_quantized_layers(quantized)
+    feed_back(
+        quantized, layers, hessians(net.eval(), {p: net.get_submodule(p) for p in layers}, images), progress=False
+    )
+    for path, layer in layers.items():
+        twin.get_submodule(path).weight.data.copy_(layer.weight)
+
+
 def main(out: Path, mode: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -44,12 +73,17 @@ def main(out: Path, mode: str) -> None:
     net = mlp()
     module = plain(copy.deepcopy(net), optimizer=sgd)
     target = torch.compile(module, backend="aot_eager") if mode == "compiled" else module
-    callback = lq.LearnedQuantization(**SETTINGS)
-    fit(target, [callback], sharded(rank), **common)
+    rounded = mode == "rounded"
+    callback = lq.LearnedQuantization(**SETTINGS, start_rounding="error_feedback" if rounded else None)
+    first = First()
+    fit(target, [callback, first], sharded(rank), **common)
 
     # by hand, from scales calibrated on what both ranks see
     twin = by_hand_net(net, islice(sharded(rank), SETTINGS["calibration_batches"]))
-    fit(hand(twin, optimizer=sgd, every=every), [], sharded(rank), **common)
+    if rounded:
+        rounded_(twin, net)
+    else:
+        fit(hand(twin, optimizer=sgd, every=every), [], sharded(rank), **common)
 
     quantizer = module.net[0].weight_quantizer
     metric, whole = Alignment(), Alignment()
@@ -58,7 +92,7 @@ def main(out: Path, mode: str) -> None:
     whole.update(values, quantizer)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     result = {
-        "callback": weights_of(module),
+        "callback": first.weights if rounded else weights_of(module),
         "by_hand": weights_of(twin),
         "buffers": buffers,
         "alignment": torch.stack([metric.compute(), whole.compute()]),
