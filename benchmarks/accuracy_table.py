@@ -49,11 +49,12 @@ def spread(values: list[float], *, sign: bool = False) -> str:
 
 
 def picture(path: Path, network: str) -> Path:
-    """Methods of the usual extras and budget as dots, best above, a panel per width; standard errors as bars."""
+    """Methods as they are, of the usual extras and budget, as dots, best above, a panel per width; errors as bars."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows_of(path) if row["network"] == network]
     usual = [row for row in rows if all(row[name] == value for name, value in _usual(rows).items())]
+    usual = [row for row in usual if "=" not in row["method"]] or usual  # those with --set are not the method's own
     widths = sorted({row["bits"] for row in usual if row["method"] != "float"})
     found = {width: _by_method(usual, width) for width in widths}
     height = 0.3 * max(len(values) for values in found.values()) + 1.2
@@ -71,8 +72,7 @@ def _by_method(rows: list[dict], width: str) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {}
     for row in rows:
         if row["bits"] == width or row["method"] == "float":
-            name = row["method"].replace(" quantizer.", ", ")
-            values.setdefault(name, []).append(float(row["test"] or row["held_out"]))
+            values.setdefault(row["method"], []).append(float(row["test"] or row["held_out"]))
     return dict(sorted(values.items(), key=lambda item: -statistics.mean(item[1])))
 
 
@@ -87,7 +87,7 @@ def _panel(axes: Any, methods: dict[str, list[float]]) -> None:
         marker = "<" if mean < edge else "o"
         axes.errorbar(max(mean, edge), y, xerr=error, fmt=marker, color=colour, capsize=3)
         axes.annotate(f"{mean:.2f}", (max(mean, edge), y), (4, 5), textcoords="offset points", fontsize=7)
-    axes.set_yticks(range(len(methods)), [name.replace(", slope", ",\nslope") for name in methods], fontsize=8)
+    axes.set_yticks(range(len(methods)), list(methods), fontsize=8)
     axes.set_ylim(len(methods) - 0.5, -0.7)
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
