@@ -90,4 +90,5 @@ def _panel(axes: Any, methods: dict[str, list[float]]) -> None:
     axes.set_yticks(range(len(methods)), list(methods), fontsize=8)
     axes.set_ylim(len(methods) - 0.5, -0.7)
     axes.margins(x=0.15)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", alpha=0.3)
