@@ -11,6 +11,7 @@ from torch import nn
 
 from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
+from lq.callbacks.learned_quantization import LearnedQuantization
 from lq.callbacks.steps import StepCounter, forget_best
 from lq.network import quantizers, scale_parameters, set_slope
 from lq.nn import named_quantized_layers
@@ -72,8 +73,15 @@ class ProgressiveBits(StepCounter):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew; a checkpoint's state is loaded after this."""
-        if stage == "fit":
-            self.step, self.stage, self.last = 0, -1, {}
+        if stage != "fit":
+            return
+        self.step, self.stage, self.last = 0, -1, {}
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if any(isinstance(c, LearnedQuantization) and c.anneal.start_rounding for c in callbacks):
+            raise ValueError(
+                "start_rounding must be None beside ProgressiveBits, which begins with more levels than those of the "
+                "last stage, onto which it would round: leave one of the two out"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is an end, and no second network whose widths would stay behind."""

@@ -138,6 +138,7 @@ def test_bad_values_and_partners_are_named():
             "parameters do not depend on the width",
         ),
         ([lq.LearnedQuantization(**QUANTIZATION, anneal_steps=3)], {"max_epochs": -1}, "needs a fit with an end"),
+        ([lq.LearnedQuantization(**QUANTIZATION, start_rounding="error_feedback")], {}, "start_rounding must be None"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(module(), [*callbacks, lq.ProgressiveBits()], loader(8, shape=SHAPE), **changes)
