@@ -53,9 +53,10 @@ def picture(path: Path, network: str) -> Path:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows_of(path) if row["network"] == network]
+    own = [row for row in rows if "=" not in row["method"]]  # those with --set are not the method's own
+    rows = own if any(row["method"] != "float" for row in own) else rows
     usual = [row for row in rows if all(row[name] == value for name, value in _usual(rows).items())]
-    usual = [row for row in usual if "=" not in row["method"]] or usual  # those with --set are not the method's own
-    widths = sorted({row["bits"] for row in usual if row["method"] != "float"})
+    widths = sorted({row["bits"] for row in usual if row["method"] != "float"} or {row["bits"] for row in usual})
     found = {width: _by_method(usual, width) for width in widths}
     height = 0.3 * max(len(values) for values in found.values()) + 1.2
     figure = Figure(figsize=(4.6 * len(widths), height), layout="constrained")
@@ -78,7 +79,7 @@ def _by_method(rows: list[dict], width: str) -> dict[str, list[float]]:
 
 def _panel(axes: Any, methods: dict[str, list[float]]) -> None:
     means = [statistics.mean(values) for values in methods.values()]
-    best = max(mean for name, mean in zip(methods, means, strict=True) if name != "float")
+    best = max([mean for name, mean in zip(methods, means, strict=True) if name != "float"] or means)
     edge = best - SPAN  # what is further behind is an arrow, so that the rest can be told apart
     for y, ((name, values), mean) in enumerate(zip(methods.items(), means, strict=True)):
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0

@@ -67,7 +67,9 @@ def first_(x: Tensor) -> Tensor:
         ``x``.
     """
     if is_distributed():
-        dist.broadcast(x, 0)
+        whole = x.contiguous()
+        dist.broadcast(whole, 0)
+        x.copy_(whole)
     return x
 
 

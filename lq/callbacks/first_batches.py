@@ -10,10 +10,10 @@ from torch import nn
 from lq.calibration import calibrate, named_batch_norms, reestimate_batch_norm, uncalibrated_layers
 from lq.callbacks.batches import Forward, UncopyableError, shadow, training_batches
 from lq.callbacks.guards import check_called
-from lq.distributed import first_, mean_
+from lq.distributed import first_, mean_, minimum
 from lq.nn import named_quantized_layers
 from lq.point_search.inputs import hessians, with_patches
-from lq.point_search.rounding import feed_back
+from lq.point_search.rounding import feed_back, obstacles
 from lq.spec import QuantSpec
 from lq.surgery import (
     dequantize_model,
@@ -101,29 +101,37 @@ def recalibrate_on_training_batches(
 def round_on_training_batches(trainer: Any, pl_module: Any, count: int, forward: Forward | None) -> None:
     """Put weights onto their levels with error feedback, for the inputs that they have in the float network, in place.
 
+    All layers' products of inputs, d x d in float64 for d weights of an output channel, are held at once.
+
     Args:
         trainer: of a fit that is about to take its first step.
         pl_module: the quantized module, its scales set; only its weights change.
         count: batches to look at.
         forward: the user's way to run the module on a batch, or None.
 
+    Raises:
+        ValueError: for a loader without batches, or a module that does not run on them.
+
     Warns:
         UserWarning: for layers that are left as they are, with the reason.
     """
+    layers = named_quantized_layers(pl_module)
+    left = obstacles(pl_module, layers)
     twin, run = shadow(trainer, pl_module, forward)
     dequantize_model(twin.eval(), keep_latent=True)
-    layers = named_quantized_layers(pl_module)
-    floats = with_patches({path: twin.get_submodule(path) for path in layers})
+    floats = with_patches({path: twin.get_submodule(path) for path in layers if not left[path]})
     with training_batches(trainer, count) as batches:
         products = hessians(twin, floats, list(batches), run)
-    for product in products.values():
-        mean_(product)
+    everywhere = minimum(torch.tensor([float(path in products) for path in floats], device=pl_module.device))
+    products = {path: mean_(products[path]) for path, found in zip(floats, everywhere, strict=True) if found}
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    for path, reason in feed_back(pl_module, layers, products, progress=shown).items():
-        if reason:
-            rank_zero_warn(f"start_rounding leaves {path} as it is: {reason}")
-        else:
-            first_(cast(torch.Tensor, layers[path].weight).detach())  # another processor may round a tie otherwise
+    left = feed_back(pl_module, layers, products, progress=shown)
+    for layer in layers.values():
+        if isinstance(layer.weight, nn.Parameter):
+            first_(layer.weight.detach())  # another processor may round a tie otherwise
+    for reason in sorted(set(left.values()) - {""}):
+        paths = [path for path, why in left.items() if why == reason]
+        rank_zero_warn(f"start_rounding leaves {', '.join(paths)} as they are: {reason}")
 
 
 def follow_norms_on_training_batch(trainer: Any, pl_module: Any, forward: Forward | None, *, calibrate: bool) -> None:

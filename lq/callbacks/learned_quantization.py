@@ -157,13 +157,13 @@ class LearnedQuantization(Callback):
             raise ValueError("no layer was quantized: build the network in __init__, setup or configure_model")
         self.annealing.resolve(steps_of_fit(trainer))
         begins = self.annealing.step == 0
+        fresh = begins and bool(self._fresh or uncalibrated_layers(pl_module))
         count, forward = self.anneal.calibration_batches, self.calibration_forward
-        if begins and (self._fresh or uncalibrated_layers(pl_module)):
+        if fresh:
             order = calibrate_on_training_batches(trainer, pl_module, self.spec, count, forward, self._order)
-            self.report = swap_report(make_plan(pl_module, self.spec, order))
-            self._fresh = False
+            self.report, self._fresh = swap_report(make_plan(pl_module, self.spec, order)), False
         follow_norms_on_training_batch(trainer, pl_module, forward, calibrate=begins)
-        if begins and self.anneal.start_rounding:
+        if fresh and self.anneal.start_rounding:
             round_on_training_batches(trainer, pl_module, count, forward)
         check_optimizers(trainer.optimizers, pl_module)
         scales = Rule(tuple(scale_parameters(pl_module)), lr=self.anneal.scale_lr_factor, weight_decay=0.0)
@@ -257,8 +257,8 @@ class LearnedQuantization(Callback):
             self._reestimate(trainer, pl_module)
 
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        forward, norms = self.calibration_forward, self._norms or ()
-        reestimate_on_training_batches(trainer, pl_module, self.anneal.reestimate_bn, forward, norms)
+        count, forward = self.anneal.reestimate_bn, self.calibration_forward
+        reestimate_on_training_batches(trainer, pl_module, count, forward, self._norms or ())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the plateau criterion."""

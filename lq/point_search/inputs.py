@@ -42,11 +42,13 @@ def run(model: nn.Module, batches: Batches, forward: Forward | None = None) -> N
             (forward or default_forward)(model, batch)
         except StopForward:
             continue
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, IndexError) as error:
             shapes = [tuple(t.shape) for t in tensors_of(batch)]
             raise ValueError(
                 f"batches must be inputs that the model runs on, got tensors of shapes {shapes}: {error}. Pass batches "
-                "of the data it was trained on, or say how with forward="
+                "of the data it was trained on, or say how with forward= (calibration_forward= of the callback)"
             ) from error
 
 
@@ -226,10 +228,10 @@ def hessians(
 
     def see(path: str, layer: nn.Module, x: Tensor) -> None:
         product: Tensor | float = 0.0
-        for part in x.detach().split(_PATCHED):  # patches of a whole batch would be many times its size
-            patches = input_patches(layer, part)
-            patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-            product = product + (patches.transpose(1, 2) @ patches).double()
+        for part in x.detach().split(_PATCHED) if x.dim() > 1 else [x]:  # patches of a batch are many times its size
+            with torch.autocast(x.device.type, enabled=False):  # sums of squares leave the range of halves
+                patches = input_patches(layer, part.to(torch.promote_types(x.dtype, torch.float32)))
+                product = product + (patches.transpose(1, 2) @ patches).double()
         assert isinstance(product, Tensor)
         sums[path] = sums[path] + product if path in sums else product
 

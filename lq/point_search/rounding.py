@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from lq.functional.feedback import error_feedback
 from lq.functional.lookup import take
 from lq.functional.points import nearest_point
-from lq.nn import QuantLayer, named_quantized_layers, weight_key
+from lq.nn import QuantLayer
 from lq.point_search.blocks import BlockData, find_blocks
 from lq.point_search.inputs import Batches, Forward
 from lq.point_search.reconstruct import reconstruct_block
@@ -19,13 +19,27 @@ from lq.point_search.report import BlockResult
 from lq.point_search.store import Store
 from lq.search_spec import SearchSpec
 
-__all__ = ["feed_back", "reconstruct"]
+__all__ = ["feed_back", "obstacles", "reconstruct"]
+
+
+def obstacles(model: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[str, str]:
+    """Why the weights of layers cannot be replaced by levels.
+
+    Args:
+        model: that holds the layers, and whatever else may hold their weights.
+        layers: path to layer.
+
+    Returns:
+        Path to the reason, "" where there is none.
+    """
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    return {path: _obstacle(layer, uses) for path, layer in layers.items()}
 
 
 def _obstacle(layer: QuantLayer, uses: Counter[int]) -> str:
     if layer.transforms_weight or layer.weight_normalizer is not None or not isinstance(layer.weight, nn.Parameter):
         return "it computes its weight from its parameter"
-    if uses[weight_key(layer)] > 1:
+    if uses[id(layer.weight)] > 1:
         return "its weight is tied to another layer"
     return ""
 
@@ -38,10 +52,10 @@ def feed_back(
     *,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Round the weights of each layer with error feedback, in place: they become levels of their quantizers.
+    """Round the weights of each layer with error feedback, in place: they become levels of their quantizers, or stay.
 
     Args:
-        model: with quantized layers, in evaluation mode.
+        model: with quantized layers.
         layers: path to layer.
         products: from `lq.point_search.inputs.hessians`, of the float network: of one whose weights are all rounded to
             nearest they would be those of a network that may no longer work.
@@ -50,10 +64,8 @@ def feed_back(
     Returns:
         Path to "" where it was done, else to the reason why not.
     """
-    uses = Counter(weight_key(layer) for layer in named_quantized_layers(model).values())
-    done = {}
+    done = obstacles(model, layers)
     for path, layer in tqdm(layers.items(), desc="error feedback", unit="layer", disable=not progress):
-        done[path] = _obstacle(layer, uses)
         if not done[path] and path not in products:
             done[path] = "it is transposed or three-dimensional, or the batches did not reach it"
         if done[path]:
@@ -62,7 +74,8 @@ def feed_back(
         groups = len(products[path])
         rows = weight.reshape(groups, weight.shape[0] // groups, -1)
         rounded = error_feedback(rows, products[path], _nearest(layer)).reshape(weight.shape)
-        if torch.allclose(layer.weight_quantizer.hard(rounded), rounded, rtol=1e-4):
+        tolerance = 2 * torch.finfo(rounded.dtype).eps
+        if torch.allclose(layer.weight_quantizer.hard(rounded), rounded, rtol=max(1e-4, tolerance)):
             weight.copy_(rounded)
         else:
             done[path] = "its quantizer does not leave a level where it is"
@@ -109,8 +122,7 @@ def reconstruct(
         One result per block.
     """
     layers = {path: cast(QuantLayer, model.get_submodule(path)) for path in order}
-    uses = Counter(weight_key(layer) for layer in named_quantized_layers(model).values())
-    blocks = find_blocks(model, order)
+    blocks, refused = find_blocks(model, order), obstacles(model, layers)
     data = BlockData(model, float_model, list(blocks), batches, forward)
     store, digest = kept
     results = []
@@ -124,7 +136,7 @@ def reconstruct(
             results.append(BlockResult(**{**stored[1], "layers": tuple(stored[1]["layers"])}))
             bar.update(spec.reconstruct)
             continue
-        usable = {name: layers[name] for name in inside if not _obstacle(layers[name], uses)}
+        usable = {name: layers[name] for name in inside if not refused[name]}
         result = BlockResult(path, tuple(usable), skipped="no layer whose rounding can be learned")
         if usable:
             x, target = data.of(path)

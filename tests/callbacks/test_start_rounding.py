@@ -12,7 +12,7 @@ import lq
 from lq.callbacks import first_batches
 from lq.nn import named_quantized_layers
 from lq.point_search.inputs import hessians
-from lq.point_search.rounding import feed_back
+from lq.point_search.rounding import feed_back, obstacles
 from tests.helpers.modules import TRAINER, Plain, fit, loader, small_cnn
 
 SHAPE = (3, 9, 9)
@@ -80,9 +80,37 @@ def test_a_resumed_fit_does_not_round_again(tmp_path, monkeypatch):
     assert rounded == [1]
 
 
+def test_a_second_fit_keeps_what_the_first_has_trained(monkeypatch):
+    rounded = []
+    monkeypatch.setattr(first_batches, "feed_back", lambda *a, **k: rounded.append(1) or feed_back(*a, **k))
+    module = Plain(small_cnn())
+    for _ in range(2):
+        fit(module, [lq.LearnedQuantization(**SETTINGS)], loader(shape=SHAPE))
+    assert rounded == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_from_full_sums(dtype):
+    """Sums of squares over a batch are beyond float16 and lose their small eigenvalues in bfloat16."""
+    layer, x = torch.nn.Conv2d(3, 4, 3), 30 * torch.randn(4, 3, 40, 40)
+    expected = hessians(layer, {"": layer}, [x])[""]
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(hessians(layer, {"": layer}, [x])[""], expected)
+    assert expected.max() > torch.finfo(torch.float16).max
+
+
+def test_mixed_precision_fits(recwarn):
+    first = First()
+    callbacks = [lq.LearnedQuantization(**SETTINGS), first]
+    fit(Plain(small_cnn()), callbacks, loader(shape=SHAPE), precision="bf16-mixed")
+    assert not [w for w in recwarn if "start_rounding" in str(w.message)]
+    for layer in named_quantized_layers(first.net).values():
+        torch.testing.assert_close(layer.weight_quantizer.hard(layer.weight), layer.weight)
+
+
 def test_normalized_weights_are_left_and_named():
     net = small_cnn()
-    with pytest.warns(UserWarning, match="start_rounding leaves net.3 as it is: it computes its weight"):
+    with pytest.warns(UserWarning, match="start_rounding leaves net.3, net.6 as they are: it computes its weight"):
         begun = start(copy.deepcopy(net), quantizer="apot")
     assert torch.equal(weights(begun)["3"], net[3].weight)
 
@@ -98,9 +126,24 @@ def test_weights_of_a_quantizer_that_moves_its_levels_are_left():
     assert torch.equal(net[3].weight, floats[3].weight)
 
 
+def test_a_weight_that_a_float_part_holds_too_is_left():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head, self.words = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4), torch.nn.Embedding(4, 8)
+            self.head.weight = self.words.weight
+
+        def forward(self, x):
+            return self.head(self.inner(x))
+
+    net = Tied()
+    lq.quantize_model(net, lq.QuantSpec(), torch.randn(2, 8))
+    assert obstacles(net, named_quantized_layers(net)) == {"inner": "", "head": "its weight is tied to another layer"}
+
+
 def test_tied_weights_are_left_and_named():
     net = small_cnn()
     net.insert(3, torch.nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False))
     net[3].weight = net[4].weight
-    with pytest.warns(UserWarning, match="start_rounding leaves net.4 as it is: its weight is tied"):
+    with pytest.warns(UserWarning, match="start_rounding leaves net.3, net.4 as they are: its weight is tied"):
         start(net)

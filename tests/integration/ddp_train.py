@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lq
+from lq.callbacks import first_batches
 from lq.metrics import Alignment
 from lq.nn import named_quantized_layers
 from lq.point_search.inputs import hessians
@@ -62,6 +63,12 @@ def rounded_(twin: nn.Sequential, net: nn.Sequential) -> None:
         twin.get_submodule(path).weight.data.copy_(layer.weight)
 
 
+def rounded_otherwise(model, layers, products, **options):
+    done = feed_back(model, layers, products, **options)
+    next(iter(layers.values())).weight.data[0, 0] += 1
+    return done
+
+
 def main(out: Path, mode: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -76,6 +83,8 @@ def main(out: Path, mode: str) -> None:
     rounded = mode == "rounded"
     callback = lq.LearnedQuantization(**SETTINGS, start_rounding="error_feedback" if rounded else None)
     first = First()
+    if rounded and rank:  # as another processor might
+        first_batches.feed_back = rounded_otherwise
     fit(target, [callback, first], sharded(rank), **common)
 
     # by hand, from scales calibrated on what both ranks see
