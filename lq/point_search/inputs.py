@@ -230,7 +230,8 @@ def hessians(
         product: Tensor | float = 0.0
         for part in x.detach().split(_PATCHED) if x.dim() > 1 else [x]:  # patches of a batch are many times its size
             with torch.autocast(x.device.type, enabled=False):  # sums of squares leave the range of halves
-                patches = input_patches(layer, part.to(torch.promote_types(x.dtype, torch.float32)))
+                patches = input_patches(layer, part.to(cast(Tensor, layer.weight).dtype))
+                patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
                 product = product + (patches.transpose(1, 2) @ patches).double()
         assert isinstance(product, Tensor)
         sums[path] = sums[path] + product if path in sums else product
