@@ -37,8 +37,8 @@ class AnnealSpec:
         weight_decay_by_bits: whether weights of 3 bits get half, of 2 bits a quarter of their group's weight decay.
         calibration_batches: training batches that set the activation scales before the first step, and start_rounding.
         start_rounding: "error_feedback" puts the weights of a float network onto their levels before the first step, so
-            that those not yet rounded make up for the error of those that are: training starts from a better network,
-            which a low learning rate keeps. None leaves the weights as they are.
+            that those not yet rounded make up for the error of those that are: a lower loss at first, though no more
+            accuracy in the end where it was measured. None leaves the weights as they are.
         reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, 0 for none;
             networks without batch norms pay nothing.
 
