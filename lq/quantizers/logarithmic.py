@@ -17,7 +17,8 @@ class LogQuantizer(PointQuantizer):
     """``2^(b-1)`` magnitudes with evenly spaced exponents and a sign bit, no zero; the scale is a power of two.
 
     Nothing is learned: while training, the scale is the one that loses least at every step; gradients pass straight
-    through inside the range.
+    through everywhere. Where they ended at the largest magnitude, all weights beyond it would never move again:
+    no learned scale brings them back inside.
 
     Args:
         bits: width of a code, sign included.
@@ -61,9 +62,7 @@ class LogQuantizer(PointQuantizer):
             with torch.no_grad():
                 self._choose_(x.detach(), None, self.power)
                 scale = self.scale.to(x.dtype)
-        column = scale.reshape(-1, 1)
-        inside = torch.where(x.abs() > column, torch.copysign(column, x), x)
-        return inside + (self._nearest(x.detach(), scale) - inside).detach()
+        return x + (self._nearest(x.detach(), scale) - x).detach()
 
     def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
         self.scale.copy_(power_of_two_scale(rows, self.points, importance, power).to(self.scale))

@@ -18,6 +18,8 @@ __all__ = ["SigmoidSumQuantizer"]
 
 _WIDER = 1.25
 _COLDEST = 10.0
+_HOTTER = 20.0  # per unit of the slope
+_CLUSTERED = 32  # levels; of more, clusters cost seconds and lose more than twice what even steps do
 _APART = 1e-3  # of a step: thresholds keep this far from the zero level
 _TOO_MUCH = 2.0  # times the loss of evenly spaced thresholds
 _TINY = 1e-30
@@ -26,12 +28,13 @@ _TINY = 1e-30
 class SigmoidSumQuantizer(SoftQuantizer):
     """Evenly spaced levels behind fixed thresholds, with one learned scale before and one behind them::
 
-        y = s * (lo + sum over k of sigmoid(T (x/u - b_k))),     T = 10 (1 + k)      (k the slope)
+        y = s * (lo + sum over k of sigmoid(T (x/u - b_k))),     T = max(10, 20 k)      (k the slope)
 
-    In evaluation sigmoids are steps. Thresholds lie between the clusters of k-means, found on either side of zero, and
-    stay; where that loses more than twice what evenly spaced ones do, as far from zero, they are those. The temperature
-    rises from the authors' 10 with the slope, as theirs does with the epochs. A cap of 1 on the slope in the derivative
-    keeps it at 10 there: a wider derivative leaves deep networks hardly a gradient, a sharper one explodes.
+    In evaluation sigmoids are steps. Thresholds lie between the clusters of k-means, as many as there are levels and as
+    far above zero as below, and stay; above 5 bits, and where clusters lose more than twice what evenly spaced
+    thresholds do, they are those. The temperature rises with the slope as the authors' does with the epochs: they
+    multiply 10 or 20 by their number, to 350 or 700 in 35, and this one ends at 320. A cap of 1 on the slope in the
+    derivative keeps it at 10 there: a wider derivative leaves deep networks hardly a gradient, a sharper one explodes.
 
     Args:
         codes: code range.
@@ -141,6 +144,10 @@ class SigmoidSumQuantizer(SoftQuantizer):
         """
         rows = self.layout.rows(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
         h = self.layout.importance_rows(importance, x)
+        even = initial_scale(rows, self.codes, "mse")
+        if self.codes.levels > _CLUSTERED:
+            self.scale.copy_(even)
+            return self.settle_()
         unit = initial_scale(rows, self.codes, "max") / _WIDER
         steps = rows / unit[:, None]
         weights = torch.ones_like(steps) if h is None else h.to(steps)
@@ -149,7 +156,6 @@ class SigmoidSumQuantizer(SoftQuantizer):
         codes = reached(rows, unit[:, None], self.thresholds) + (self.codes.lo + self.codes.offset)
         fitted = (weights * codes * rows).sum(1) / (weights * codes * codes).sum(1).clamp_min(_TINY)
         self.scale.copy_(torch.where(fitted > 0, fitted, unit))
-        even = initial_scale(rows, self.codes, "mse")
         lost = ((rows - self.layout.rows(self.hard(x)).to(rows)).square() * weights).sum()
         nearest = hard_quantize(rows, even[:, None], **self.codes._asdict())
         if float(lost) > _TOO_MUCH * float(((rows - nearest).square() * weights).sum()):
@@ -159,19 +165,15 @@ class SigmoidSumQuantizer(SoftQuantizer):
             self.scale.copy_(unit)
 
     def _between_clusters(self, steps: Tensor, weights: Tensor) -> Tensor:
-        """Thresholds between clusters on either side of the zero level, or of the middle."""
-        found = []
-        for sign, codes in ((-1, -self.codes.lo), (1, self.codes.hi + (1 if self.codes.offset else 0))):
-            side = sign * steps >= 0
-            count = codes if self.codes.offset else codes + 1  # the zero level has a cluster on each side
-            if not codes or not bool(side.any()):
-                found.append(sign * (torch.arange(count - 1, device=steps.device, dtype=steps.dtype) + 0.5))
-                continue
-            pool = thinned(torch.stack([sign * steps[side], weights[side]]))
-            centres = codebook_rows(pool[:1], pool[1:], count, 2)[0][0].to(steps)
-            found.append(sign * (centres[1:] + centres[:-1]) / 2)
-        middle = [steps.new_zeros(1)] if self.codes.offset else []
-        return torch.cat([found[0].flip(0), *middle, found[1]])
+        """Between clusters of the sample and its mirror image, as many as symmetric levels that reach as far."""
+        most = max(-self.codes.lo, self.codes.hi + (1 if self.codes.offset else 0))
+        count = 2 * most + (0 if self.codes.offset else 1)
+        steps = steps if self.codes.lo else steps.clamp_min(0)
+        pool = thinned(torch.stack([torch.cat([steps, -steps]), weights.repeat(2)]))
+        centres = codebook_rows(pool[:1], pool[1:], count, 2)[0][0].to(steps)
+        found = (centres[1:] + centres[:-1]) / 2
+        found = (found - found.flip(0)) / 2  # of equally good clusters some are not their own mirror image
+        return found[most + self.codes.lo : most + self.codes.hi]
 
     def _set_thresholds_(self, found: Tensor) -> None:
         below = -self.codes.lo  # so many lie below the zero level
@@ -199,7 +201,7 @@ class SigmoidSumQuantizer(SoftQuantizer):
             scale,
             self._unit(view),
             self.thresholds,
-            _COLDEST * (1 + self.slope),
+            (_HOTTER * self.slope).clamp_min(_COLDEST),
             lowest=self.codes.lo + self.codes.offset,
             hard=hard,
             gradient_scale=gradient_scale,

@@ -153,7 +153,7 @@ def test_module_equals_function(made):
         expected = quantizer.layout.unrows(y, weight.shape)
     elif isinstance(quantizer, SigmoidSumQuantizer):
         unit = quantizer.layout.broadcast(quantizer.input_scale)
-        lowest, temperature = quantizer.codes.lo + quantizer.codes.offset, torch.full((1,), 10 * (1 + 6.0))
+        lowest, temperature = quantizer.codes.lo + quantizer.codes.offset, torch.full((1,), 20 * 6.0)
         expected = sigmoid_sum(weight, scale, unit, quantizer.thresholds, temperature, lowest=lowest)
     elif isinstance(quantizer, APoTQuantizer):
         rows, scale = quantizer.layout.rows(weight), quantizer.scale.detach()

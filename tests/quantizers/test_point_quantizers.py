@@ -4,7 +4,7 @@ import torch
 import lq
 from lq.functional import fit_codebook
 from lq.functional.layout import ScaleLayout
-from lq.quantizers import APoTQuantizer, CodebookQuantizer, SubsetQuantizer
+from lq.quantizers import APoTQuantizer, CodebookQuantizer, LogQuantizer, SubsetQuantizer
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -46,3 +46,14 @@ def test_every_weight_of_apot_learns_and_alpha_as_published(bits):
     assert 0 < int(inside.sum()) < 4000
     expected = torch.where(inside, (levels - weight.detach()) / alpha, top * weight.detach().sign())
     torch.testing.assert_close(quantizer.scale.grad, (upstream * expected).sum().reshape(1), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("span", [None, 7.0])
+def test_every_weight_of_logarithmic_levels_learns(span):
+    quantizer = LogQuantizer(2, span=span).train()
+    weight = torch.randn(4000, requires_grad=True)
+    quantizer.calibrate_(weight.detach())
+    upstream = torch.randn(4000)
+    (gradient,) = torch.autograd.grad(quantizer(weight), weight, upstream)
+    assert bool((weight.abs() > quantizer.level_values().max()).any())  # no learned scale brings these back inside
+    torch.testing.assert_close(gradient, upstream)
