@@ -10,9 +10,10 @@ method, seed by seed.
 """
 
 import argparse
+import sys
 from collections.abc import Iterable
 
-from accuracy import EXTRAS, KEY, METHODS, NETWORKS, RESULTS, fill, key_of, with_defaults
+from accuracy import EXTRAS, KEY, METHODS, NETWORKS, RESULTS, fill, key_of, unfinished, with_defaults
 from accuracy_table import rows_of, spread
 
 PATH = RESULTS / "accuracy_trials.csv"
@@ -123,10 +124,10 @@ def main() -> None:
     parser.add_argument("--extras", choices=EXTRAS, help="as in accuracy.py")
     parser.add_argument("--show", action="store_true", help="print what there is")
     options = with_defaults(parser.parse_args())
-    if not options.show:
-        for change in [c for name in options.changes for c in (EXTRA if name == "extras" else [name])]:
-            fill(settings(options, change), PATH)
+    wanted = [] if options.show else [c for name in options.changes for c in (EXTRA if name == "extras" else [name])]
+    failed = [change for change in wanted if fill(settings(options, change), PATH)]
     print(show(options))
+    sys.exit(unfinished(failed))
 
 
 if __name__ == "__main__":

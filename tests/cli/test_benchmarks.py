@@ -1,5 +1,7 @@
 import argparse
 import importlib
+import json
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -42,3 +44,23 @@ def test_every_row_of_the_table_is_one_of_settings_that_exist(benchmark):
             assert composed(benchmark, method=method, network=network).trainer.max_epochs == 1
     for extras in table.EXTRAS:
         assert composed(benchmark, extras=extras).quantizer.bits == 2
+
+
+def test_a_fit_that_fails_keeps_no_other_method_from_its_row(benchmark, monkeypatch, tmp_path, capsys):
+    table = benchmark("accuracy")
+
+    def train(command, check):
+        if "quantizer=minmax" in command:
+            raise table.subprocess.CalledProcessError(1, command)
+        folder = next(value for value in command if value.startswith("hydra.sweep.dir=")).split("=")[1]
+        (Path(folder) / "0").mkdir()
+        outcome = {"held_out_accuracy": 0.9, "accuracy": 0.8, "float_accuracy": 0.95}
+        (Path(folder) / "0" / "outcome.json").write_text(json.dumps(outcome))
+
+    monkeypatch.setattr(table.subprocess, "run", train)
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["accuracy.py", "--methods", "minmax", "lsq"])
+    with pytest.raises(SystemExit, match="fits of minmax did not end"):
+        table.main()
+    assert "| lsq | 80.00 |" in capsys.readouterr().out
+    assert table.unfinished([]) is None
