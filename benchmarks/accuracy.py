@@ -28,8 +28,8 @@ from accuracy_table import picture, rows_of, show
 
 RESULTS = Path(__file__).parent / "results"
 MID_RISE, MID_TREAD = "quantizer.grid=mid_rise", "quantizer.grid=mid_tread"
-# their bound is one of each output's weights; on CIFAR-10 it binds at 4 bits, wider sums have no use for it
-BY_CHANNEL = ["quantizer.granularity=channel", "quantizer.accumulator_bits=14"]
+# of each output's weights; accumulators of 16 bits would bound nothing here
+BOUNDED = ["quantizer.granularity=channel", "quantizer.accumulator_bits=14"]
 METHODS = {
     "float": ["quantizer=none"],
     "lsq": ["quantizer=lsq"],
@@ -49,8 +49,8 @@ METHODS = {
     "dlq": ["quantizer=dlq"],
     "codebook": ["quantizer=codebook"],
     "subset": ["quantizer=subset"],
-    "a2q": ["quantizer=a2q", *BY_CHANNEL],
-    "a2q_plus": ["quantizer=a2q_plus", *BY_CHANNEL],
+    "a2q": ["quantizer=a2q", *BOUNDED],
+    "a2q_plus": ["quantizer=a2q_plus", *BOUNDED],
     "oaq": ["quantizer=oaq"],  # minmax, where no sum overflows, as here below 8 bits
     "soft": ["quantizer=soft"],  # all of it as it is by default
     "soft, mid-rise": ["quantizer=soft", MID_RISE],

@@ -143,11 +143,16 @@ class SigmoidSumQuantizer(SoftQuantizer):
             power: has no meaning here.
         """
         rows = self.layout.rows(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
-        h = self.layout.importance_rows(importance, x)
         even = initial_scale(rows, self.codes, "mse")
-        if self.codes.levels > _CLUSTERED:
+        h = self.layout.importance_rows(importance, x)
+        if self.codes.levels > _CLUSTERED or self._far_worse_clustered_(x, rows, h, even):
             self.scale.copy_(even)
-            return self.settle_()
+            self.settle_()
+        elif method == "max":
+            self.scale.copy_(self.input_scale)
+
+    def _far_worse_clustered_(self, x: Tensor, rows: Tensor, h: Tensor | None, even: Tensor) -> bool:
+        """Set thresholds between clusters and scales to suit; whether that loses far more than even steps do."""
         unit = initial_scale(rows, self.codes, "max") / _WIDER
         steps = rows / unit[:, None]
         weights = torch.ones_like(steps) if h is None else h.to(steps)
@@ -158,11 +163,7 @@ class SigmoidSumQuantizer(SoftQuantizer):
         self.scale.copy_(torch.where(fitted > 0, fitted, unit))
         lost = ((rows - self.layout.rows(self.hard(x)).to(rows)).square() * weights).sum()
         nearest = hard_quantize(rows, even[:, None], **self.codes._asdict())
-        if float(lost) > _TOO_MUCH * float(((rows - nearest).square() * weights).sum()):
-            self.scale.copy_(even)
-            self.settle_()
-        elif method == "max":
-            self.scale.copy_(unit)
+        return float(lost) > _TOO_MUCH * float(((rows - nearest).square() * weights).sum())
 
     def _between_clusters(self, steps: Tensor, weights: Tensor) -> Tensor:
         """Between clusters of the sample and its mirror image, as many as symmetric levels that reach as far."""
