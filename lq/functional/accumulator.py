@@ -42,7 +42,8 @@ def bound_l1(rows: Tensor, log_norm: Tensor, limit: Tensor | None, *, centred: b
     Where ``centred``, v has mean 0, and the sum is twice the larger one of those of its positive and of its negative
     values: the same, but that no rounding can unbalance it.
 
-    Gradients of t that would carry it further beyond the limit are dropped. Rows of zeros stay, and can leave zero.
+    Gradients of t that would carry it further beyond the limit are dropped; the limit, where it is the smaller, has its
+    own. Rows of zeros stay, and can leave zero.
 
     Args:
         rows: v, shape ``(C, N)``, at least float32.
@@ -73,7 +74,7 @@ def bound_l1(rows: Tensor, log_norm: Tensor, limit: Tensor | None, *, centred: b
 
 
 class _Inside(torch.autograd.Function):
-    """The smaller of two; gradients pass, but for those that lead away from the limit beyond it."""
+    """The smaller of two, which has the gradient; beyond the limit ``x`` has those that lead back to it, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: Tensor) -> Tensor:  # type: ignore[override]
@@ -81,9 +82,9 @@ class _Inside(torch.autograd.Function):
         return torch.minimum(x, limit)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         (beyond,) = ctx.saved_tensors
-        return grad.masked_fill(beyond & (grad < 0), 0), None
+        return grad.masked_fill(beyond & (grad < 0), 0), grad.masked_fill(~beyond, 0)
 
 
 def project_l1(rows: Tensor, limit: Tensor) -> Tensor:

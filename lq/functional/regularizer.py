@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lq.functional.layout import pass_inside, positive, reduce_to_scale
 
-__all__ = ["REGULARIZERS", "level_regularizer"]
+__all__ = ["REGULARIZERS", "chosen_regularizer", "level_regularizer"]
 
 REGULARIZERS = ("nearest", "l1", "sine")
 
@@ -91,3 +91,23 @@ def level_regularizer(
     if kind not in REGULARIZERS:
         raise ValueError(f"regularizer must be one of {REGULARIZERS}, got {kind!r}: choose one of those")
     return _Regularizer.apply(x, scale, lo, hi, offset, kind, scale_gradient)  # type: ignore[no-any-return]
+
+
+def chosen_regularizer(x: Tensor, target: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Pull of a tensor towards what was chosen for each of its values, be it the nearest level or not::
+
+        R = 1/2 sum (clip(x, low, high) - target)^2        dR/dx = x - target inside the range, 0 outside
+
+    Args:
+        x: weights, any shape.
+        target: without a gradient, shape of ``x``.
+        low: smallest target that there may be, broadcastable to ``x``.
+        high: largest.
+
+    Returns:
+        The sum, a scalar.
+
+    >>> chosen_regularizer(torch.tensor([0.6, 3.0]), torch.tensor([0.0, 1.0]), torch.tensor(-1.0), torch.tensor(1.0))
+    tensor(0.1800)
+    """
+    return (torch.minimum(torch.maximum(x, low), high) - target).square().sum() / 2

@@ -13,6 +13,7 @@ from lq.functional.lookup import count_reached
 __all__ = ["reached", "sigmoid_sum"]
 
 _SHARPEST = 2000.0
+_CACHED = 1 << 15  # elements
 
 
 class _SigmoidSum(torch.autograd.Function):
@@ -30,21 +31,16 @@ class _SigmoidSum(torch.autograd.Function):
         temperature_backward_max: float,
     ) -> Tensor:
         temperature = temperature.to(x.dtype).clamp_max(_SHARPEST)
-        wide = temperature.clamp_max(temperature_backward_max)
+        slope = temperature.clamp_max(temperature_backward_max)
         twice = hard or math.isfinite(temperature_backward_max)
         t = x / positive(input_scale)
         steps, derivative = torch.full_like(t, lowest), torch.zeros_like(t)
-        for threshold in thresholds.to(x.dtype):
-            above = t - threshold
-            if not hard:
-                rise = torch.sigmoid(above * temperature)
-                steps.add_(rise)
-            if twice:
-                rise = torch.sigmoid(above.mul_(wide))
-            derivative.add_(rise.mul_(1 - rise))
+        sharp, wide = None if hard else temperature, slope if twice else None
+        for pieces in zip(_parts(t), _parts(steps), _parts(derivative), strict=True):
+            _add_sigmoids(*pieces, thresholds.to(x.dtype), sharp, wide)
         if hard:
             steps = reached(x, input_scale, thresholds).to(x.dtype) + lowest
-        ctx.save_for_backward(x, steps, derivative.mul_(wide), scale, input_scale)
+        ctx.save_for_backward(x, steps, derivative.mul_(slope), scale, input_scale)
         ctx.gradient_scale = gradient_scale
         return steps * positive(scale)
 
@@ -57,6 +53,27 @@ class _SigmoidSum(torch.autograd.Function):
         grad_scale = reduce_to_scale(grad, steps, scale) * torch.sign(scale)
         grad_input = -reduce_to_scale(grad_x, x, input_scale) / unit * torch.sign(input_scale)
         return grad_x, grad_scale * ctx.gradient_scale, grad_input * ctx.gradient_scale, *[None] * 6
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Pieces that a processor's cache holds while all sigmoids are added to them: several times as fast there."""
+    if x.device.type != "cpu" or x.dim() == 0:
+        return (x,)
+    return x.split(max(1, _CACHED * len(x) // max(1, x.numel())))
+
+
+def _add_sigmoids(
+    t: Tensor, steps: Tensor, derivative: Tensor, thresholds: Tensor, temperature: Tensor | None, wide: Tensor | None
+) -> None:
+    """Add the sigmoids to the steps unless they are hard, and their derivatives, or those of wider ones, in place."""
+    above, rise = torch.empty_like(t), torch.empty_like(t)
+    for threshold in thresholds:
+        torch.sub(t, threshold, out=above)
+        if temperature is not None:
+            steps.add_(torch.mul(above, temperature, out=rise).sigmoid_())
+        if wide is not None:
+            torch.mul(above, wide, out=rise).sigmoid_()
+        derivative.add_(rise).addcmul_(rise, rise, value=-1)
 
 
 def sigmoid_sum(

@@ -201,7 +201,9 @@ def point_regularizer(
     return (shape * (place.gap * s.detach().reshape(-1, 1)).square()).sum() / 2
 
 
-def point_statistics(x: Tensor, scale: Tensor, set_: PointSet, power: int = 2) -> LevelStatistics:
+def point_statistics(
+    x: Tensor, scale: Tensor, set_: PointSet, power: int = 2, chosen: Tensor | None = None
+) -> LevelStatistics:
     """Sums that describe how ``x`` sits on its levels; distances count in gaps.
 
     Args:
@@ -209,6 +211,7 @@ def point_statistics(x: Tensor, scale: Tensor, set_: PointSet, power: int = 2) -
         scale: positive, shape ``(C,)`` or ``(1,)``.
         set_: the points.
         power: 2 or 4.
+        chosen: level of each value, one of the two around it, where not the nearest.
 
     Returns:
         `LevelStatistics` of float64 scalars.
@@ -217,9 +220,10 @@ def point_statistics(x: Tensor, scale: Tensor, set_: PointSet, power: int = 2) -
     tensor(0.3125, dtype=torch.float64)
     """
     place = _locate(x, scale, set_.levels.to(x.dtype))
-    value = set_.hard(x, scale)
+    value = set_.hard(x, scale) if chosen is None else chosen
+    upper = value / scale.reshape(-1, 1) > place.low + place.gap / 2
     sums = (
-        (0.5 - place.r.abs()).sum(dtype=torch.float64),
+        (place.r + 0.5 - upper.to(place.r)).abs_().sum(dtype=torch.float64),
         (x - value).abs_().pow_(power).sum(dtype=torch.float64),
         x.abs().pow_(power).sum(dtype=torch.float64),
         (~place.inside).sum(dtype=torch.float64),

@@ -90,7 +90,7 @@ class QuantLayer(Derived):
             Shape of the layer's weight.
         """
         weight = operator_weight(self, self.float_class) if self.transforms_weight else cast(Tensor, self.weight)
-        return self._normalized(weight, bounded)
+        return self._normalized(weight, bounded=bounded)
 
     @torch.no_grad()
     def normalize_(self, on: bool) -> None:
@@ -105,11 +105,11 @@ class QuantLayer(Derived):
             self.weight_normalizer = self.weight_quantizer.make_normalizer(weight).to(weight.device)
 
     def _quantize(self, weight: Tensor) -> Tensor:
-        return self.weight_quantizer(self._normalized(weight))
+        return self.weight_quantizer(self._normalized(weight, scale_gradient=True))
 
-    def _normalized(self, weight: Tensor, bounded: bool = True) -> Tensor:
+    def _normalized(self, weight: Tensor, **how: bool) -> Tensor:
         normalizer = self.weight_normalizer
-        return weight if normalizer is None else normalizer(weight, self.weight_quantizer, bounded=bounded)
+        return weight if normalizer is None else normalizer(weight, self.weight_quantizer, **how)
 
     def quantized_weight(self) -> Tensor:
         """The hard quantized weight: what evaluation uses and what ships.

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional.accumulator import bound_l1, l1_bound, project_l1
-from lq.functional.layout import positive
+from lq.functional.hard import lsq_gradient_scale, quantize
+from lq.functional.layout import damped, positive
 from lq.functional.levels import CodeRange
+from lq.functional.regularizer import chosen_regularizer
+from lq.functional.statistics import LevelStatistics, level_statistics
 from lq.quantizers.base import Quantizer
 from lq.quantizers.lsq import LSQQuantizer
 from lq.quantizers.normalizer import WeightNormalizer
@@ -62,11 +65,12 @@ class A2QQuantizer(LSQQuantizer):
             dtype: of the weights: what rounding to it may add is left free.
 
         Returns:
-            At least float32; None without a limit.
+            At least float32, differentiable in the scale, damped as all gradients of it; None without a limit.
         """
         if self.limit is None:
             return None
-        return positive(self.scale.detach()) * (self.limit * (1 - 2.0**-14 - 2 * torch.finfo(dtype).eps))
+        factor = lsq_gradient_scale(self.count, self._largest()) if self.gradient_scale and self.count else 1.0
+        return positive(damped(self.scale, factor)) * (self.limit * (1 - 2.0**-14 - 2 * torch.finfo(dtype).eps))
 
     def make_normalizer(self, weight: Tensor) -> WeightNormalizer:
         """What keeps a weight within the limit.
@@ -95,6 +99,16 @@ class A2QQuantizer(LSQQuantizer):
         rows = self.layout.rows(weight).to(torch.promote_types(weight.dtype, torch.float32))
         return rows - rows.mean(1, keepdim=True) if self.centred else rows
 
+    def _pull_latent(self, view: Tensor, scale: Tensor, kind: str, scale_gradient: bool) -> Tensor:
+        if self.limit is None:
+            return self._pull(view, scale, kind, scale_gradient)
+        step = positive(scale.detach())
+        target = self._nearest(view.detach(), step)
+        return chosen_regularizer(view, target, self.codes.lo * step, self.codes.hi * step)
+
+    def _sums_latent(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
+        return level_statistics(view, scale, self.codes, power, chosen=quantize(view, scale, **self._rounding()))
+
     def _rounding(self) -> dict[str, Any]:
         return {**super()._rounding(), "toward_zero": self.limit is not None}
 
@@ -120,13 +134,16 @@ class AccumulatorNormalizer(WeightNormalizer):
         least = (norm.mean() / 100).clamp_min(torch.finfo(norm.dtype).tiny)
         self.log_norm = nn.Parameter(torch.maximum(norm, least).log2())
 
-    def forward(self, weight: Tensor, quantizer: Quantizer, *, bounded: bool = True) -> Tensor:
+    def forward(
+        self, weight: Tensor, quantizer: Quantizer, *, bounded: bool = True, scale_gradient: bool = False
+    ) -> Tensor:
         """Normalize.
 
         Args:
             weight: the parameter.
             quantizer: of the weight; its limit and scale make the bound.
             bounded: whether there is one: levels are set without.
+            scale_gradient: whether the scale learns from the bound: codes that fill it do not depend on the scale.
 
         Returns:
             Shape and dtype of the weight.
@@ -134,7 +151,8 @@ class AccumulatorNormalizer(WeightNormalizer):
         assert isinstance(quantizer, A2QQuantizer)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         limit = quantizer.largest_norm(weight.dtype) if bounded else None
-        limit = limit if limit is None else limit.to(dtype)
+        if limit is not None:
+            limit = (limit if scale_gradient else limit.detach()).to(dtype)
         rows = quantizer.layout.rows(weight).to(dtype)
         bound = bound_l1(rows, self.log_norm.to(dtype), limit, centred=quantizer.centred)
         return quantizer.layout.unrows(bound, weight.shape).to(weight.dtype)

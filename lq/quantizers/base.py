@@ -188,7 +188,7 @@ class Quantizer(QuantizerHooks):
 
         Args:
             x: weight.
-            kind: "nearest", "l1" or "sine".
+            kind: "nearest", "l1" or "sine"; of a latent weight always "nearest" where its level is not the nearest one.
             on: "latent" (the weight) or "quantized" (what training sees of it, or would see if it did not round).
             scale_gradient: whether the scale learns from this term.
 
@@ -196,8 +196,9 @@ class Quantizer(QuantizerHooks):
             Scalar.
         """
         view, scale = self._prepare(x)
-        if on == "quantized":
-            view = self._softened(view, scale if scale_gradient else scale.detach())
+        if on == "latent":
+            return self._pull_latent(view, scale, kind, scale_gradient)
+        view = self._softened(view, scale if scale_gradient else scale.detach())
         return self._pull(view, scale, kind, scale_gradient)
 
     @torch.no_grad()
@@ -214,8 +215,8 @@ class Quantizer(QuantizerHooks):
         """
         view, scale = self._prepare(x)
         if soft:
-            view = self._softened(view, scale)
-        return self._sums(view, positive(scale), power)
+            return self._sums(self._softened(view, scale), positive(scale), power)
+        return self._sums_latent(view, positive(scale), power)
 
     # What depends on where the levels lie; quantizers whose levels are not evenly spaced replace these.
 
@@ -249,6 +250,14 @@ class Quantizer(QuantizerHooks):
 
     def _pull(self, view: Tensor, scale: Tensor, kind: str, scale_gradient: bool) -> Tensor:
         return level_regularizer(view, scale, kind=kind, scale_gradient=scale_gradient, **self.codes._asdict())
+
+    # The nearest levels, which are those of quantized values; a weight may have others, behind thresholds of its own.
+
+    def _pull_latent(self, view: Tensor, scale: Tensor, kind: str, scale_gradient: bool) -> Tensor:
+        return self._pull(view, scale, kind, scale_gradient)
+
+    def _sums_latent(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
+        return self._sums(view, scale, power)
 
     def _sums(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
         return level_statistics(view, scale, self.codes, power)

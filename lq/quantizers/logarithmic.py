@@ -5,7 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq.functional.layout import positive
 from lq.functional.log_levels import log_points, log_round, power_of_two_scale
+from lq.functional.regularizer import chosen_regularizer
+from lq.functional.soft_points import point_statistics
+from lq.functional.statistics import LevelStatistics
 from lq.quantizers.points import PointQuantizer
 
 __all__ = ["LogQuantizer"]
@@ -72,6 +76,14 @@ class LogQuantizer(PointQuantizer):
 
     def _nearest(self, view: Tensor, scale: Tensor) -> Tensor:
         return self._decode(self._encode(view, scale), scale)
+
+    def _pull_latent(self, view: Tensor, scale: Tensor, kind: str, scale_gradient: bool) -> Tensor:
+        step = positive(scale.detach())
+        end = self.points.to(view.dtype)[..., -1:] * step.reshape(-1, 1)
+        return chosen_regularizer(view, self._nearest(view.detach(), step), -end, end)
+
+    def _sums_latent(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
+        return point_statistics(view, scale, self.point_set, power, self._nearest(view, scale))
 
     def _encode(self, view: Tensor, scale: Tensor) -> Tensor:
         column = torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, 1)

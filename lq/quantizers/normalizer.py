@@ -17,13 +17,16 @@ class WeightNormalizer(nn.Module):
     """Computes the weight that is quantized from the layer's own."""
 
     @abstractmethod
-    def forward(self, weight: Tensor, quantizer: "Quantizer", *, bounded: bool = True) -> Tensor:
+    def forward(
+        self, weight: Tensor, quantizer: "Quantizer", *, bounded: bool = True, scale_gradient: bool = False
+    ) -> Tensor:
         """Normalize.
 
         Args:
             weight: as it arrives at the operator.
             quantizer: of the weight.
             bounded: whether what depends on the quantizer's levels applies: it does not when they are set.
+            scale_gradient: whether the quantizer's scale learns from what depends on it.
 
         Returns:
             Shape and dtype of the weight.
@@ -44,13 +47,16 @@ class Standardizer(WeightNormalizer):
         super().__init__()
         self.register_buffer("spread", spread.detach().float().reshape(1))
 
-    def forward(self, weight: Tensor, quantizer: "Quantizer", *, bounded: bool = True) -> Tensor:
+    def forward(
+        self, weight: Tensor, quantizer: "Quantizer", *, bounded: bool = True, scale_gradient: bool = False
+    ) -> Tensor:
         """Normalize.
 
         Args:
             weight: as it arrives at the operator.
             quantizer: has no meaning here.
             bounded: nor has this.
+            scale_gradient: nor this.
 
         Returns:
             Shape and dtype of the weight.

@@ -9,6 +9,7 @@ from lq.functional.codebook import codebook_rows
 from lq.functional.hard import hard_quantize
 from lq.functional.layout import positive
 from lq.functional.levels import CodeRange
+from lq.functional.regularizer import chosen_regularizer
 from lq.functional.scale import initial_scale, thinned
 from lq.functional.sigmoid_sum import reached, sigmoid_sum
 from lq.functional.statistics import LevelStatistics, level_statistics
@@ -91,43 +92,6 @@ class SigmoidSumQuantizer(SoftQuantizer):
         view, unit = self.layout.view(codes), positive(self._unit(self.scale))
         return self._restore(self._middles()[view.long() - self.codes.lo] * unit, codes.shape)
 
-    def regularizer(self, x: Tensor, *, kind: str, on: str = "latent", scale_gradient: bool = False) -> Tensor:
-        """Pull of the weight to the middles between its thresholds, of what training sees to its levels.
-
-        Args:
-            x: weight.
-            kind: "nearest", "l1" or "sine"; of the weight always "nearest".
-            on: "latent" or "quantized".
-            scale_gradient: whether the scale learns from what training sees; thresholds never do.
-
-        Returns:
-            Scalar.
-        """
-        if on == "quantized":
-            return super().regularizer(x, kind=kind, on=on, scale_gradient=scale_gradient)
-        view, _ = self._prepare(x)
-        middles, unit = self._middles().to(view.dtype), positive(self._unit(view)).detach()
-        target = middles[self._codes(view) - self.codes.lo] * unit
-        inside = torch.minimum(torch.maximum(view, middles[0] * unit), middles[-1] * unit)
-        return (inside - target).square().sum() / 2
-
-    @torch.no_grad()
-    def statistics(self, x: Tensor, *, soft: bool = False, power: int = 2) -> LevelStatistics:
-        """Sums that describe how ``x`` sits on the levels that its thresholds give it.
-
-        Args:
-            x: weight or activations.
-            soft: describe what training sees of ``x`` instead of ``x``, by the nearest levels.
-            power: 2 or 4.
-
-        Returns:
-            `lq.functional.LevelStatistics`.
-        """
-        if soft:
-            return super().statistics(x, soft=True, power=power)
-        view, scale = self._prepare(x)
-        return level_statistics(view, positive(scale), self.codes, power, chosen=self._codes(view))
-
     def limits(self) -> Tensor:
         """Values at which the code changes, ascending, shape ``(L-1,)``; of one scale."""
         return self.thresholds[: self.codes.levels - 1] * positive(self.input_scale.detach())
@@ -182,6 +146,15 @@ class SigmoidSumQuantizer(SoftQuantizer):
             found = torch.cat([found[:below].clamp_max(-_APART), found[below:].clamp_min(_APART)])
         self.thresholds.fill_(torch.inf)
         self.thresholds[: len(found)] = found
+
+    def _pull_latent(self, view: Tensor, scale: Tensor, kind: str, scale_gradient: bool) -> Tensor:
+        # to the middles between thresholds, which stay: levels of the scale behind them need not lie there
+        middles, unit = self._middles().to(view.dtype), positive(self._unit(view)).detach()
+        target = middles[self._codes(view) - self.codes.lo] * unit
+        return chosen_regularizer(view, target, middles[0] * unit, middles[-1] * unit)
+
+    def _sums_latent(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
+        return level_statistics(view, scale, self.codes, power, chosen=self._codes(view))
 
     def _middles(self) -> Tensor:
         b = self.thresholds[: self.codes.levels - 1]

@@ -73,31 +73,44 @@ def test_a_narrow_accumulator_is_used_up():
             assert float(norm.max()) > share * layer.weight_quantizer.limit, (method, norm)
 
 
-def by_hand(weight, log_norm, scale, centred, low, high):
+def by_hand(weight, log_norm, scale, limit, centred, low, high):
     """Straight from the formulas, with autograd's own derivatives and a straight-through estimator for the rounding."""
     v = weight.flatten(1)
     v = v - v.mean(1, keepdim=True) if centred else v
-    w = v * log_norm.exp2()[:, None] / v.abs().sum(1, keepdim=True)
+    norm = torch.minimum(log_norm.exp2(), limit * scale)
+    w = v * norm[:, None] / v.abs().sum(1, keepdim=True)
     u = (w / scale[:, None]).clamp(low, high)
     return ((u + (u.trunc() - u).detach()) * scale[:, None]).view_as(weight)
 
 
+@pytest.mark.parametrize("width", [8, 16])
 @pytest.mark.parametrize("method", ["a2q", "a2q_plus"])
-def test_values_and_gradients_are_those_of_the_formula(method):
-    layer = list(named_quantized_layers(bounded_network(method, 4, 16)).values())[1].double()
+def test_values_and_gradients_are_those_of_the_formula(method, width):
+    layer = list(named_quantized_layers(bounded_network(method, 4, width)).values())[1].double()
     layer.weight_quantizer.gradient_scale = False
     normalizer, quantizer = layer.weight_normalizer, layer.weight_quantizer
     assert isinstance(quantizer, A2QQuantizer)
     with torch.no_grad():
         layer.weight.add_(torch.randn_like(layer.weight) * 0.01)
+        normalizer.log_norm.add_(torch.linspace(-1, 1, len(normalizer.log_norm)))
     upstream = torch.randn_like(layer.weight)
-    y = quantizer(layer.float_weight())
+    full = normalizer.log_norm > quantizer.largest_norm(torch.float64).log2()
+    assert (0 < int(full.sum()) < len(full)) == (width == 8), full
+    y = layer._quantize(layer.weight)
     learned = [layer.weight, normalizer.log_norm, quantizer.scale]
     got = torch.autograd.grad(y, learned, upstream)
     twins = [p.detach().clone().requires_grad_() for p in learned]
-    expected = by_hand(*twins, method == "a2q_plus", quantizer.codes.lo, quantizer.codes.hi)
+    limit = quantizer.limit * (1 - 2.0**-14 - 2 * torch.finfo(torch.float64).eps)
+    expected = by_hand(*twins, limit, method == "a2q_plus", quantizer.codes.lo, quantizer.codes.hi)
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(got, torch.autograd.grad(expected, twins, upstream))
+    wanted = torch.autograd.grad(expected, twins, upstream)
+    torch.testing.assert_close(got[::2], wanted[::2])
+    torch.testing.assert_close(got[1][~full], wanted[1][~full])  # norms beyond the limit can come back
+    quantizer.gradient_scale = True
+    damped = torch.autograd.grad(layer._quantize(layer.weight), quantizer.scale, upstream)[0]
+    torch.testing.assert_close(damped, wanted[2] / (layer.weight.numel() / len(full) * quantizer.codes.hi) ** 0.5)
+    pull = layer.weight_quantizer.regularizer(layer.float_weight(), kind="nearest")
+    assert torch.autograd.grad(pull, quantizer.scale, allow_unused=True)[0] is None
 
 
 def test_a_norm_beyond_its_bound_can_come_back_and_goes_no_further():

@@ -32,6 +32,20 @@ def test_values_are_the_published_ones():
         np.testing.assert_allclose(y, formula(x.double().numpy(), 0.3, 0.8, temperature), atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_no_cache_holds_is_summed_piece_by_piece_all_the_same(layout):
+    """More elements than one piece, a number that pieces do not divide, any order in memory; and none at all."""
+    x = torch.randn(7, 9, 33, 35, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    s, u, t = torch.tensor([0.3]), torch.tensor([0.8]), torch.tensor([10.0])
+    for part in (x, x[:1, :1], x[:, :0], x[:0], x[0, 0, 0, 0]):
+        y = sigmoid_sum(part, s, u, THRESHOLDS, t, lowest=-2)
+        np.testing.assert_allclose(y, formula(part.double().numpy(), 0.3, 0.8, 10.0).reshape(y.shape), atol=1e-5)
+    hard = sigmoid_sum(x.requires_grad_(), s, u, THRESHOLDS, t, lowest=-2, hard=True)
+    soft = sigmoid_sum(x, s, u, THRESHOLDS, t, lowest=-2)
+    grads = [torch.autograd.grad(y.sum(), x)[0] for y in (hard, soft)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_gradients_are_those_of_the_formula(hard):
     torch.manual_seed(0)
