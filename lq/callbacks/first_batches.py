@@ -11,7 +11,7 @@ from lq.calibration import calibrate, named_batch_norms, reestimate_batch_norm, 
 from lq.callbacks.batches import Forward, UncopyableError, shadow, training_batches
 from lq.callbacks.guards import check_called
 from lq.distributed import first_, mean_, minimum
-from lq.nn import named_quantized_layers
+from lq.nn import QuantLayer, named_quantized_layers
 from lq.point_search.inputs import hessians, with_patches
 from lq.point_search.rounding import feed_back, obstacles
 from lq.spec import QuantSpec
@@ -19,6 +19,7 @@ from lq.surgery import (
     dequantize_model,
     execution_order,
     find_norms,
+    fit_weights,
     follow_norms,
     layer_specs,
     reassign_ends,
@@ -36,18 +37,25 @@ __all__ = [
 
 
 def calibrate_on_training_batches(
-    trainer: Any, pl_module: Any, spec: QuantSpec, count: int, forward: Forward | None, order: Sequence[str] | None
+    trainer: Any,
+    pl_module: Any,
+    spec: QuantSpec,
+    count: int,
+    forward: Forward | None,
+    order: Sequence[str] | None,
+    fresh: Sequence[QuantLayer],
 ) -> Sequence[str]:
     """Find the first and the last block, then set the input scales of layers that have none, all on a copy.
 
     Args:
         trainer: of a fit that is about to take its first step.
         pl_module: the quantized module; only widths, weight scales of blocks whose width changes, and missing input
-            scales change.
+            scales change, and weights of fresh layers.
         spec: it was quantized with.
         count: batches to look at.
         forward: the user's way to run the module on a batch, or None.
         order: execution order that an example input has decided; None finds it now.
+        fresh: layers that still have the float network's weights, where their quantizer begins with others.
 
     Returns:
         Paths of the layers in execution order.
@@ -55,6 +63,7 @@ def calibrate_on_training_batches(
     Raises:
         ValueError: for a loader without batches, or a layer that no batch reaches.
     """
+    fit_weights(fresh)
     twin, run = shadow(trainer, pl_module, forward)
     missing = uncalibrated_layers(pl_module)
     with training_batches(trainer, count) as batches, torch.no_grad():

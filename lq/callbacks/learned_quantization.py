@@ -41,7 +41,6 @@ __all__ = ["LearnedQuantization"]
 
 _SPEC_FIELDS = tuple(f.name for f in fields(QuantSpec))
 _ANNEAL_FIELDS = tuple(f.name for f in fields(AnnealSpec))
-
 _say = rank_zero_only(print)
 
 
@@ -99,7 +98,8 @@ class LearnedQuantization(Callback):
         self._patches = Patches()
         self._rules: list[GroupRules] = []
         self._collapsed_at_start: frozenset[str] = frozenset()
-        self._stepped = self._started = self._fresh = False
+        self._fresh: list[Any] = []  # layers that a fit has not begun with yet
+        self._stepped = self._started = False
         self._order: list[str] | None = None
         self._norms: list[str] | None = None  # those that train
         self._regularizer: torch.Tensor | None = None
@@ -141,9 +141,9 @@ class LearnedQuantization(Callback):
         example, self._order = pl_module.example_input_array, None
         if example is not None:
             self._order = execution_order(pl_module, lambda: run_example(pl_module, example))
-        self.report = apply_plan(pl_module, make_plan(pl_module, self.spec, self._order))
+        self._fresh = [p.found.module for p in plan.layers if p.spec and not isinstance(p.found.module, QuantLayer)]
+        self.report = apply_plan(pl_module, make_plan(pl_module, self.spec, self._order), fit=False)
         set_slope(pl_module, self.anneal.slope_start)
-        self._fresh = True
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that these figures do not count."""
@@ -158,13 +158,13 @@ class LearnedQuantization(Callback):
         self.annealing.resolve(steps_of_fit(trainer))
         begins = self.annealing.step == 0
         fresh = begins and bool(self._fresh or uncalibrated_layers(pl_module))
-        count, forward = self.anneal.calibration_batches, self.calibration_forward
+        count, run = self.anneal.calibration_batches, self.calibration_forward
         if fresh:
-            order = calibrate_on_training_batches(trainer, pl_module, self.spec, count, forward, self._order)
-            self.report, self._fresh = swap_report(make_plan(pl_module, self.spec, order)), False
-        follow_norms_on_training_batch(trainer, pl_module, forward, calibrate=begins)
+            order = calibrate_on_training_batches(trainer, pl_module, self.spec, count, run, self._order, self._fresh)
+            self.report, self._fresh = swap_report(make_plan(pl_module, self.spec, order)), []
+        follow_norms_on_training_batch(trainer, pl_module, run, calibrate=begins)
         if fresh and self.anneal.start_rounding:
-            round_on_training_batches(trainer, pl_module, count, forward)
+            round_on_training_batches(trainer, pl_module, count, run)
         check_optimizers(trainer.optimizers, pl_module)
         scales = Rule(tuple(scale_parameters(pl_module)), lr=self.anneal.scale_lr_factor, weight_decay=0.0)
         layers = named_quantized_layers(pl_module).values() if self.anneal.weight_decay_by_bits else ()

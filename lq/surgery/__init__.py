@@ -8,6 +8,7 @@ from lq.surgery.report import SwapReport, SwapRow
 from lq.surgery.swap import (
     apply_plan,
     dequantize_model,
+    fit_weights,
     keep_off_fast_path,
     layer_specs,
     quantize_model,
@@ -27,6 +28,7 @@ __all__ = [
     "execution_order",
     "find_layers",
     "find_norms",
+    "fit_weights",
     "follow_norms",
     "keep_off_fast_path",
     "layer_specs",

@@ -1,6 +1,6 @@
 """Swap layers for quantized ones and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from lq.surgery.report import QUANTIZED, SKIPPED, SwapReport, SwapRow
 __all__ = [
     "apply_plan",
     "dequantize_model",
+    "fit_weights",
     "keep_off_fast_path",
     "layer_specs",
     "quantize_model",
@@ -69,7 +70,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, example_inpu
     return report
 
 
-def apply_plan(model: nn.Module, plan: Plan, calibrate: Calibrate | None = None) -> SwapReport:
+def apply_plan(model: nn.Module, plan: Plan, calibrate: Calibrate | None = None, *, fit: bool = True) -> SwapReport:
     """Carry out a plan, in place.
 
     Args:
@@ -77,17 +78,38 @@ def apply_plan(model: nn.Module, plan: Plan, calibrate: Calibrate | None = None)
         plan: from `make_plan`.
         calibrate: sets the levels of a weight quantizer from path, quantizer and float weight; by default they are set
             as the layer's spec says.
+        fit: whether to change weights, too, where their quantizer begins with others; `fit_weights` can do it later.
 
     Returns:
         What happened to every layer.
     """
     shared: dict[int, QuantLayer] = {}
+    fresh: list[QuantLayer] = []
     for planned in plan.layers:
         module = planned.found.module
         if planned.spec is not None and not isinstance(module, QuantLayer):
-            _quantize_layer(planned.found.path, module, planned.spec, shared, calibrate)
+            fresh.append(_quantize_layer(planned.found.path, module, planned.spec, shared, calibrate))
     keep_off_fast_path(model)
+    if fit and calibrate is None:
+        fit_weights(fresh)
     return swap_report(plan)
+
+
+def fit_weights(layers: Iterable[QuantLayer]) -> None:
+    """Let quantizers that begin with other weights than the float network's change these, in place, as `a2q_plus` does.
+
+    Args:
+        layers: just quantized: what normalizers have learned since is lost.
+    """
+    seen: set[int] = set()
+    for layer in layers:
+        normalizer, weight = layer.weight_normalizer, layer.weight
+        if normalizer is None or layer.computes_weight or id(normalizer) in seen:
+            continue
+        assert isinstance(weight, Tensor)
+        seen.add(id(normalizer))
+        layer.weight_quantizer.fit_(weight)
+        normalizer.load_state_dict(layer.weight_quantizer.make_normalizer(weight).state_dict())
 
 
 def _quantize_layer(
@@ -96,7 +118,7 @@ def _quantize_layer(
     spec: LayerSpec,
     shared: dict[int, QuantLayer],
     calibrate: Calibrate | None,
-) -> None:
+) -> QuantLayer:
     weight = module.weight
     assert isinstance(weight, Tensor)
     layout = ScaleLayout()
@@ -125,12 +147,10 @@ def _quantize_layer(
             )
         if calibrate is None:
             quantizer.calibrate_(weight, spec.scale_init)
-            if spec.normalized and not module.computes_weight:
-                quantizer.fit_(module.weight)  # type: ignore[arg-type]
-                module.normalize_(True)
         else:
             calibrate(path, quantizer, weight.detach())
         shared[weight_key(module)] = module
+    return module
 
 
 def _pass(*_: Any) -> None:

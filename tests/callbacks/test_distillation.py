@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -229,3 +229,22 @@ def test_losses_are_smooth_and_zero_for_equals():
     torch.testing.assert_close(
         distillation_loss(grid, grid.flip(1)), distillation_loss(rows, rows.flip(1)), atol=1e-6, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_float_copy_is_that_of_the_float_network_whatever_weights_a_quantizer_begins_with(order):
+    plain, before = module(), copy.deepcopy(module().net.state_dict())
+    bounded = {"quantizer": "a2q_plus", "granularity": "channel", "accumulator_bits": 8, "first_last_bits": None}
+    distillation = lq.SelfDistillation("net")
+    quantization = lq.LearnedQuantization(**bounded)
+    moved = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                moved.append(not torch.equal(pl_module.net[0].weight, before["0.weight"]))
+
+    fit(plain, [*[distillation, quantization][::order], Look()], loader())
+    assert moved == [True]
+    for name, value in distillation.teacher.state_dict().items():
+        assert torch.equal(value, before[name])
