@@ -138,11 +138,11 @@ class LearnedQuantization(Callback):
             check_same_spec([p.found for p in plan.layers], self.spec)  # swapped in an earlier stage, or loaded
             self.report = self.report or swap_report(plan)
             return
-        example, self._order = pl_module.example_input_array, None
-        if example is not None:
-            self._order = execution_order(pl_module, lambda: run_example(pl_module, example))
+        example = pl_module.example_input_array
+        self._order = None if example is None else execution_order(pl_module, lambda: run_example(pl_module, example))
+        plan = make_plan(pl_module, self.spec, self._order)
         self._fresh = [p.found.module for p in plan.layers if p.spec and not isinstance(p.found.module, QuantLayer)]
-        self.report = apply_plan(pl_module, make_plan(pl_module, self.spec, self._order), fit=False)
+        self.report = apply_plan(pl_module, plan, fit=False)
         set_slope(pl_module, self.anneal.slope_start)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -106,7 +106,7 @@ def build(config: DictConfig) -> Settings:
         data=instantiate(config.data),
         trainer=plain["trainer"],
         loggers=named_loggers(config, run_name(plain)),
-        callbacks=[instantiate(node) for node in config.callbacks.values() if node],
+        callbacks=_callbacks(config.callbacks),
         output_dir=Path(config.output_dir),
         description={**plain, "overrides": given_overrides()},
         **{
@@ -124,6 +124,21 @@ def build(config: DictConfig) -> Settings:
             )
         },
     )
+
+
+def _callbacks(nodes: Any) -> list[Any]:
+    """What is there to make; a setting of a callback that nobody asked for is no callback."""
+    for name, node in nodes.items():
+        if node and "_target_" not in node:
+            raise ValueError(
+                f"callbacks.{name} must be a callback, got {OmegaConf.to_container(node)} without a class: choose a "
+                "group that has one, such as callbacks=distill or callbacks=teacher for distillation, or give "
+                f"+callbacks.{name}._target_"
+            )
+    missing = sorted(OmegaConf.missing_keys(nodes))
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given, got nothing: write {missing[0]}=...")
+    return [instantiate(node) for node in nodes.values() if node]
 
 
 def run_name(plain: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 from safetensors.torch import save_file
 
 from lq._paths import home
@@ -142,8 +141,13 @@ def test_another_network_teaches(tmp_path):
     (distillation,) = [c for c in settings.callbacks if isinstance(c, SelfDistillation)]
     assert torch.equal(distillation.given.conv1.weight, larger.conv1.weight)
     assert settings.model["name"] == "cifar_resnet8"
-    with pytest.raises(MissingMandatoryValue, match="teacher.name"):
+    with pytest.raises(ValueError, match=r"teacher.checkpoint, .*teacher.name must be given, got nothing: write"):
         build(compose("config", ["callbacks=teacher", "logger=csv", "output_dir=/tmp/unused"]))
+
+
+def test_a_distillation_weight_without_distillation_is_told_where_there_is_one():
+    with pytest.raises(ValueError, match=r"callbacks\.distillation .*{'weight': 2}.*callbacks=distill or"):
+        build(composed("+callbacks.distillation.weight=2", "logger=csv"))
 
 
 def test_the_baseline_comes_without_our_regularizer():

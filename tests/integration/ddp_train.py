@@ -26,7 +26,9 @@ MODES = {
     "manual": {},
     "compiled": {},
     "rounded": {},
+    "distilled": {},
 }
+WEIGHT, TEMPERATURE = 0.7, 3.0
 
 
 def sgd(params):
@@ -38,6 +40,21 @@ def sharded(rank: int) -> DataLoader:
     dataset = loader(16).dataset
     sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=False)
     return DataLoader(dataset, batch_size=8, sampler=sampler)
+
+
+class ByHandDistilled(ByHand):
+    """With the divergence from a teacher in the loss, written out."""
+
+    def __init__(self, net: nn.Module, teacher: nn.Module, **kwargs) -> None:
+        super().__init__(net, **kwargs)
+        self.taught_by = [copy.deepcopy(teacher).eval()]  # in a list, so that it is no part of the module
+
+    def loss(self, batch):
+        with torch.no_grad():
+            target = (self.taught_by[0](batch[0]) / TEMPERATURE).log_softmax(1)
+        found = (self(batch[0]) / TEMPERATURE).log_softmax(1)
+        divergence = nn.functional.kl_div(found, target, reduction="batchmean", log_target=True) * TEMPERATURE**2
+        return super().loss(batch) + WEIGHT * divergence
 
 
 class First(Callback):
@@ -85,14 +102,19 @@ def main(out: Path, mode: str) -> None:
     first = First()
     if rounded and rank:  # as another processor might
         first_batches.feed_back = rounded_otherwise
-    fit(target, [callback, first], sharded(rank), **common)
+    distilled = [lq.SelfDistillation("net", weight=WEIGHT, temperature=TEMPERATURE)] if mode == "distilled" else []
+    fit(target, [*distilled, callback, first], sharded(rank), **common)
+    if distilled:
+        pairs = zip(distilled[0].teacher.parameters(), net.parameters(), strict=True)
+        assert all(torch.equal(teaches, given) for teaches, given in pairs)
 
     # by hand, from scales calibrated on what both ranks see
     twin = by_hand_net(net, islice(sharded(rank), SETTINGS["calibration_batches"]))
     if rounded:
         rounded_(twin, net)
     else:
-        fit(hand(twin, optimizer=sgd, every=every), [], sharded(rank), **common)
+        by_hand = ByHandDistilled(twin, net, optimizer=sgd) if distilled else hand(twin, optimizer=sgd, every=every)
+        fit(by_hand, [], sharded(rank), **common)
 
     quantizer = module.net[0].weight_quantizer
     metric, whole = Alignment(), Alignment()

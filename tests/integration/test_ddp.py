@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("mode", ["plain", "accumulation-clipping", "manual", "compiled", "rounded"])
+@pytest.mark.parametrize("mode", ["plain", "accumulation-clipping", "manual", "compiled", "rounded", "distilled"])
 def test_two_processes_equal_training_by_hand(tmp_path, mode):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [str(ROOT / "tests/integration/ddp_train.py"), str(tmp_path), mode]
