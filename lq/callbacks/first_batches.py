@@ -23,6 +23,7 @@ from lq.surgery import (
     follow_norms,
     layer_specs,
     reassign_ends,
+    refold,
     set_widths,
 )
 
@@ -184,15 +185,21 @@ def reestimate_on_training_batches(
 ) -> None:
     """Batch-norm statistics of the hard network, from a copy; left as they are, with a warning, without data for it.
 
+    Scales that follow a batch norm do so once more: in training they are a step behind.
+
     Args:
         trainer: of a running fit.
-        pl_module: the module; only its batch norms change.
+        pl_module: the module; only its batch norms change, and scales that follow them.
         count: batches to look at.
         forward: the user's way to run the module on a batch, or None.
         paths: of the batch norms, `training_norms`; without any this costs nothing.
     """
-    if not paths or count == 0:
-        return
+    if paths and count:
+        _reestimate(trainer, pl_module, count, forward, paths)
+    refold(pl_module)
+
+
+def _reestimate(trainer: Any, pl_module: Any, count: int, forward: Forward | None, paths: Sequence[str]) -> None:
     twin, run = shadow(trainer, pl_module, forward)
     try:
         with training_batches(trainer, count, disturb=False) as batches:

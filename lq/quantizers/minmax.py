@@ -56,6 +56,11 @@ class MinMaxQuantizer(ComputedScaleQuantizer):
         """
         self._norm = (norm,)
 
+    @property
+    def follows(self) -> bool:
+        """Whether a batch norm is known."""
+        return bool(self._norm)
+
     def compute_scale(self, rows: Tensor) -> Tensor:
         """Scale by which the largest value is the largest level.
 

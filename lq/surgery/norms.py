@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lq.nn import BATCH_NORMS, named_quantized_layers
 from lq.quantizers import MinMaxQuantizer
 
-__all__ = ["find_norms", "follow_norms"]
+__all__ = ["find_norms", "follow_norms", "refold"]
 
 
 def find_norms(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
@@ -69,4 +69,16 @@ def follow_norms(model: nn.Module, pairs: Mapping[str, str], *, calibrate: bool 
             continue
         quantizer.follow(model.get_submodule(pairs[path]))
         if calibrate:
+            quantizer.calibrate_(layer.float_weight(bounded=False))
+
+
+def refold(model: nn.Module) -> None:
+    """Set scales that follow a batch norm anew, in place, where its statistics have changed since.
+
+    Args:
+        model: a quantized model; others than those of `follow_norms` are left alone.
+    """
+    for layer in named_quantized_layers(model).values():
+        quantizer = layer.weight_quantizer
+        if isinstance(quantizer, MinMaxQuantizer) and quantizer.follows:
             quantizer.calibrate_(layer.float_weight(bounded=False))

@@ -129,9 +129,9 @@ def module():
     return Plain(network(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
 
 
-def whole(folder, ckpt_path=None):
+def whole(folder, ckpt_path=None, **settings):
     saver = ModelCheckpoint(folder, save_top_k=-1, every_n_epochs=1, filename="{epoch}")
-    callback = lq.LearnedQuantization(**SPEC, calibration_batches=2, regularizer=None)
+    callback = lq.LearnedQuantization(**SPEC, calibration_batches=2, regularizer=None, **settings)
     return run(folder, module(), [callback, saver], ckpt_path, data=loader(shape=SHAPE), epochs=3)
 
 
@@ -144,6 +144,15 @@ def test_a_fit_links_them_and_resumes(tmp_path):
     assert {k for k in net.state_dict() if "_norm" in k} == set()
     net, x = net.eval(), torch.randn(4, *SHAPE)
     assert torch.equal(copy.deepcopy(net)(x), net(x))
+
+
+@pytest.mark.parametrize("batches", [0, 20])
+def test_folded_weights_have_one_scale_after_a_fit_whoever_moved_the_statistics_last(tmp_path, batches):
+    net = whole(tmp_path, reestimate_bn=batches).lightning_module.net
+    for path, norm_path in NORMS.items():
+        norm, scale = net.get_submodule(norm_path), net.get_submodule(path).weight_quantizer.scale
+        steps = scale * norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()
+        torch.testing.assert_close(steps, steps[:1].expand_as(steps))
 
 
 def test_it_is_stored_and_runs_in_integers(tmp_path):
