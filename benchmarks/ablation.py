@@ -32,6 +32,7 @@ OWN = {  # what the method is made of
     "soft forward, slope 16 from the start": [SOFT, "schedule.slope_start=16"],
     "soft forward, backward without a cap": [SOFT, "quantizer.slope_backward_max=null"],
     "scales: per channel": ["quantizer.granularity=channel"],
+    "weights: normalized": ["quantizer.normalize=true"],
     "activations: soft forward": ["quantizer.activation_forward=soft"],
     "soft forward, slope to 8": [SOFT, "schedule.slope_end=8"],
     "soft forward, slope to 32": [SOFT, "schedule.slope_end=32"],

@@ -168,7 +168,8 @@ class SelfDistillation(Callback):
             return
         student = self._student(pl_module)
         teacher = copy.deepcopy(student if self.given is None else self.given)
-        dequantize_model(teacher, keep_latent=True)
+        if self.given is None:
+            dequantize_model(teacher, keep_latent=True)
         self.teacher, self._fingerprint = teacher.eval().requires_grad_(False), _fingerprint(teacher)
 
     def _student(self, pl_module: LightningModule) -> nn.Module:
@@ -216,10 +217,9 @@ class SelfDistillation(Callback):
         _check_shapes("logits", z, t, "choose a teacher for the same classes")
         term = self.weight * distillation_loss(z, t, temperature=self.temperature, dim=self.dim)
         for path in self.features:
-            _check_shapes(
-                f"features {path!r}", mine[path], theirs[path], "leave them out, or choose parts of one width"
-            )
-            term = term + self.feature_weight / len(self.features) * feature_loss(mine[path], theirs[path])
+            pair = _feature(path, mine, "student"), _feature(path, theirs, "teacher")
+            _check_shapes(f"features {path!r}", *pair, "leave them out, or choose parts of one width")
+            term = term + self.feature_weight / len(self.features) * feature_loss(*pair)
         return term
 
     def _add(self, pl_module: LightningModule, returned: Any) -> Any:
@@ -249,6 +249,14 @@ def _as_logits(output: Any) -> Tensor:
             "what is returned"
         )
     return output
+
+
+def _feature(path: str, seen: dict[str, Tensor], whose: str) -> Tensor:
+    value = seen.get(path)
+    if not isinstance(value, Tensor):
+        what = "did not run" if value is None else f"returned {type(value).__name__}"
+        raise ValueError(f"features must be parts that return a tensor, got {path!r}, which {what} in the {whose}")
+    return value
 
 
 def _check_shapes(what: str, student: Tensor, teacher: Tensor, fix: str) -> None:

@@ -141,7 +141,7 @@ REGISTRY: dict[str, Method] = {
         _codebook,
         _soft_activation,
         "staircase onto free levels",
-        learned="scales; levels by weighted k-means",
+        learned="scales; levels by k-means, weighted after training",
         source="Choi et al., ICLR 2017",
     ),
     "minmax": Method(

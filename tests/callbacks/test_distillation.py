@@ -248,3 +248,38 @@ def test_the_float_copy_is_that_of_the_float_network_whatever_weights_a_quantize
     assert moved == [True]
     for name, value in distillation.teacher.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Parts(nn.Module):
+    """One part of it never runs, one returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.pair, self.unused, self.last = nn.Linear(8, 8), Pair(), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.pair(self.first(x))[0].relu())
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("unused", "'unused', which did not run"), ("pair", "'pair', which returned tuple")]
+)
+def test_parts_without_a_feature_are_refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Plain(Parts()), [lq.SelfDistillation("net", features=[path], feature_weight=1.0)], loader())
+
+
+def test_a_quantized_teacher_teaches_as_it_is():
+    teacher = mlp()
+    lq.quantize_model(teacher, lq.QuantSpec(bits=2))
+    lq.calibrate(teacher, [torch.randn(16, 8)])
+    distillation = lq.SelfDistillation("net", teacher=teacher)
+    fit(module(), [distillation, lq.LearnedQuantization(**QUANTIZATION)], loader())
+    x = torch.randn(4, 8)
+    assert named_quantized_layers(distillation.teacher)
+    assert torch.equal(distillation.teacher(x), teacher.eval()(x))
