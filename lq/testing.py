@@ -20,7 +20,8 @@ def check_quantizer(spec: LayerSpec) -> None:
     """See that the quantizers which a spec describes keep what the rest of `lq` relies on.
 
     Of weights, with one scale per tensor and one per channel: hard values are levels, and so are their own hard values;
-    stored codes fit in their bits and give hard values back exactly; gradients of weights and of everything learned are
+    stored codes fit in their bits and give hard values back exactly, and ranks of codes give codes; the regularizer
+    draws to held codes, and the quantization loss is of hard values; gradients of weights and of everything learned are
     finite, and not all zero; copies and a state dict compute the same; half precision comes back as it was. Of
     activations: nothing happens before calibration; afterwards values are levels, codes give them back, zero stays zero
     unless the quantizer ``shifts``, and everything learned has a gradient.
@@ -44,7 +45,7 @@ def check_quantizer(spec: LayerSpec) -> None:
         quantizer = make()
         quantizer.calibrate_(weight, spec.scale_init)
         quantizer.set_slope(6.0)
-        for check in (_check_levels, _check_codes, _check_gradients, _check_dtypes):
+        for check in (_check_levels, _check_codes, _check_pull, _check_gradients, _check_dtypes):
             check(quantizer, weight)
         _check_state(quantizer, weight, make)
     if spec.activation is not None:
@@ -76,6 +77,21 @@ def _check_codes(quantizer: Quantizer, x: Tensor) -> None:
     inside = quantizer.codes.lo <= low and high <= quantizer.codes.hi
     _require(inside, f"codes must lie in {tuple(quantizer.codes[:2])}, got {low}..{high}", quantizer)
     _require(torch.equal(quantizer.decode(codes), quantizer.hard(x)), "codes must give back hard values", quantizer)
+    back = quantizer.unrank(quantizer.rank(codes))
+    _require(torch.equal(back.long(), codes.long()), "unrank() of rank() must give back codes", quantizer)
+
+
+def _check_pull(quantizer: Quantizer, x: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    got = torch.autograd.grad(quantizer.regularizer(x, kind="nearest"), x)[0]
+    x = x.detach()
+    low, high = (quantizer.hold(quantizer.encode(torch.full_like(x, end))) for end in (-1e6, 1e6))
+    held = quantizer.hold(quantizer.encode(x))
+    wanted = torch.where((x > low) & (x < high), x - held, 0)
+    drawn = torch.allclose(got, wanted, atol=1e-4, rtol=1e-3)
+    _require(drawn, "the regularizer must have the gradient x - hold(encode(x)), 0 beyond the ends", quantizer)
+    loss, lost = quantizer.statistics(x).loss, (x - quantizer.hard(x)).double().square().sum()
+    _require(torch.allclose(loss, lost, rtol=1e-4), "statistics() must have the loss of hard values", quantizer)
 
 
 def _check_gradients(quantizer: Quantizer, x: Tensor) -> None:

@@ -70,6 +70,22 @@ class NoZero(LSQQuantizer):
         return torch.where(y == 0, self.level_values()[-1], y)
 
 
+class DrawnToZero(LSQQuantizer):
+    def regularizer(self, x, **how):
+        return x.square().sum() / 2
+
+
+class Optimistic(LSQQuantizer):
+    def statistics(self, x, **how):
+        found = super().statistics(x, **how)
+        return found._replace(loss=found.loss / 2)
+
+
+class Unranked(LSQQuantizer):
+    def rank(self, codes):
+        return codes.abs()
+
+
 def broken(kind, inputs=LSQQuantizer):
     def build(of):
         return lambda spec, codes, **common: of(codes, **common)
@@ -83,6 +99,9 @@ def broken(kind, inputs=LSQQuantizer):
         (broken(OffLevels), "hard values must be among level_values"),
         (broken(WrongCodes), "codes must give back hard values"),
         (broken(Spread), r"codes must lie in \(-3, 3\), got -300..300"),
+        (broken(DrawnToZero), "the regularizer must have the gradient"),
+        (broken(Optimistic), "must have the loss of hard values"),
+        (broken(Unranked), "must give back codes"),
         (broken(NoGradient), "scale must have a gradient"),
         (broken(Infinite), "the gradient of scale must be finite"),
         (broken(OtherType), "must come back as it was"),
