@@ -127,7 +127,7 @@ def build(config: DictConfig) -> Settings:
 
 
 def _callbacks(nodes: Any) -> list[Any]:
-    """What is there to make; a setting of a callback that nobody asked for is no callback."""
+    """Make them; settings without a class are of one that nobody asked for."""
     for name, node in nodes.items():
         if node and "_target_" not in node:
             raise ValueError(

@@ -251,16 +251,16 @@ class Quantizer(QuantizerHooks):
     def _pull(self, view: Tensor, scale: Tensor, kind: str, scale_gradient: bool) -> Tensor:
         return level_regularizer(view, scale, kind=kind, scale_gradient=scale_gradient, **self.codes._asdict())
 
-    # The nearest levels, which are those of quantized values; a weight may have others, behind thresholds of its own.
+    def _sums(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
+        return level_statistics(view, scale, self.codes, power)
+
+    # Nearest levels are those of what is quantized already; a weight may have another, as where it is rounded to zero.
 
     def _pull_latent(self, view: Tensor, scale: Tensor, kind: str, scale_gradient: bool) -> Tensor:
         return self._pull(view, scale, kind, scale_gradient)
 
     def _sums_latent(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
         return self._sums(view, scale, power)
-
-    def _sums(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
-        return level_statistics(view, scale, self.codes, power)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor in the layout's view, in at least float32, and the scale broadcastable to it."""
