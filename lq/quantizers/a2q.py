@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional.accumulator import bound_l1, l1_bound, project_l1
-from lq.functional.hard import lsq_gradient_scale, quantize
+from lq.functional.hard import lsq_gradient_scale
 from lq.functional.layout import damped, positive
 from lq.functional.levels import CodeRange
 from lq.functional.regularizer import chosen_regularizer
@@ -107,7 +107,7 @@ class A2QQuantizer(LSQQuantizer):
         return chosen_regularizer(view, target, self.codes.lo * step, self.codes.hi * step)
 
     def _sums_latent(self, view: Tensor, scale: Tensor, power: int) -> LevelStatistics:
-        return level_statistics(view, scale, self.codes, power, chosen=quantize(view, scale, **self._rounding()))
+        return level_statistics(view, scale, self.codes, power, chosen=self._encode(view, scale))
 
     def _rounding(self) -> dict[str, Any]:
         return {**super()._rounding(), "toward_zero": self.limit is not None}

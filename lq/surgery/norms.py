@@ -68,8 +68,8 @@ def follow_norms(model: nn.Module, pairs: Mapping[str, str], *, calibrate: bool 
         if users[id(quantizer)] > 1:  # tied weights have one scale, and each its own batch norm
             continue
         quantizer.follow(model.get_submodule(pairs[path]))
-        if calibrate:
-            quantizer.calibrate_(layer.float_weight(bounded=False))
+    if calibrate:
+        refold(model)
 
 
 def refold(model: nn.Module) -> None:
