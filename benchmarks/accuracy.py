@@ -6,7 +6,8 @@ Fine-tunes a given float network with W = A = ``--bits``, first and last layer 8
 sweep over seeds per method; every run is in MLflow (``./mlflow.db``, experiment "accuracy"). A row holds the accuracy
 after the last epoch on the test set, which is read once, and on 5000 held-out training images (MobileNet's sample has
 none: there both are the images of the test, and ``--trial`` is refused). Rows that are in the file already are kept,
-so that an interrupted table goes on. ``--show`` prints the table and draws it beside the rows.
+and a fit that was interrupted goes on from its last whole epoch (benchmarks/cache/fits). ``--show`` prints the table
+and draws it beside the rows.
 
 ``--trial`` never reads the test set and writes to a file of its own: settings are chosen there. The given ResNet-20 was
 trained on the held-out images, too, and knows 98 % of them; ``--network resnet20_unseen`` is one that was not, trained
@@ -16,17 +17,18 @@ thirds of the time on processors that multiply it.
 
 import argparse
 import csv
+import hashlib
 import json
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from accuracy_fits import fits
 from accuracy_table import picture, rows_of, show
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, CACHE = Path(__file__).parent / "results", Path(__file__).parent / "cache"
+FITS = CACHE / "fits"
 MID_RISE, MID_TREAD = "quantizer.grid=mid_rise", "quantizer.grid=mid_tread"
 # of each output's weights; accumulators of 16 bits would bound nothing here
 BOUNDED = ["quantizer.granularity=channel", "quantizer.accumulator_bits=14"]
@@ -97,7 +99,7 @@ class Network:
 
 
 RESNET = ["recipes=cifar10_resnet20", "model.channels_last=true"]
-UNSEEN = Path(__file__).parent / "cache" / "resnet20_unseen" / "network.safetensors"
+UNSEEN = CACHE / "resnet20_unseen" / "network.safetensors"
 NETWORKS = {
     "resnet20": Network(RESNET),
     "resnet20_unseen": Network(
@@ -132,8 +134,8 @@ NETWORKS = {
 }
 
 
-def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> list[str]:
-    """What ``lq train --multirun`` gets for one method."""
+def overrides(options: argparse.Namespace, method: str) -> list[str]:
+    """What ``lq train --multirun`` gets for one method, whatever the seed."""
     plain, network = method == "float", NETWORKS[options.network]
     given = [
         *network.recipe,
@@ -144,7 +146,6 @@ def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> lis
         f"trainer.max_epochs={options.epochs}",
         f"test={'false' if options.trial else 'true'}",
         "experiment=accuracy",
-        "seed=" + ",".join(map(str, seeds)),
     ]
     given += [extra for extra in EXTRAS[options.extras][1] if not (plain and extra.startswith("schedule."))]
     return given + options.set
@@ -152,15 +153,10 @@ def overrides(options: argparse.Namespace, method: str, seeds: list[int]) -> lis
 
 def run(options: argparse.Namespace, method: str, seeds: list[int], path: Path) -> None:
     """One sweep over seeds; a row for each run that ends, even where a later one fails."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "lq", "train", "--multirun", f"hydra.sweep.dir={folder}"]
-        try:
-            subprocess.run([*command, "hydra.sweep.subdir=${seed}", *overrides(options, method, seeds)], check=True)
-        finally:
-            outcomes = {int(f.parent.name): json.loads(f.read_text()) for f in Path(folder).glob("*/outcome.json")}
-            seconds = (time.perf_counter() - start) / max(1, len(outcomes))
-            _append(path, [_row(key_of(options, method, seed), found, seconds) for seed, found in outcomes.items()])
+    name = {**key_of(options, method, 0), "seed": "", "trial": str(options.trial)}
+    folder = FITS / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]
+    for seed, outcome, seconds in fits(folder, overrides(options, method), seeds):
+        _append(path, _row(key_of(options, method, seed), outcome, seconds))
 
 
 def _row(key: dict[str, str], outcome: dict, seconds: float) -> dict[str, str]:
@@ -168,15 +164,14 @@ def _row(key: dict[str, str], outcome: dict, seconds: float) -> dict[str, str]:
     return {**key, **{column: _percent(outcome[name]) for column, name in names.items()}, "seconds": f"{seconds:.0f}"}
 
 
-def _append(path: Path, rows: list[dict[str, str]]) -> None:
+def _append(path: Path, row: dict[str, str]) -> None:
     new = not path.is_file()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()
-        writer.writerows(rows)
-    for row in rows:
-        print(*row.values(), flush=True)
+        writer.writerow(row)
+    print(*row.values(), flush=True)
 
 
 def _percent(value: float | None) -> str:

@@ -86,7 +86,8 @@ class Outcome:
     """Figures of a finished run; accuracies from 0 to 1.
 
     Args:
-        float_accuracy: of the float network on the test set; None after a resume, or without a test.
+        float_accuracy: of the float network on the test set; None without a test, or after the resume of a run that
+            trained it.
         accuracy: of the trained network, hard quantized, on the test set; None without a test.
         held_out_accuracy: of the same on the held-out images; None where there are none.
         alignment: of its weights; None for a float network, as is the size.
@@ -171,7 +172,7 @@ def _check(settings: Settings) -> None:
 
 def _run(settings: Settings, classifier: Classifier) -> Outcome:
     float_accuracy, quantization = None, settings.quantization
-    if settings.ckpt_path is None:
+    if settings.ckpt_path is None or not settings.pretrain_epochs:
         float_accuracy = _float_stage(settings, classifier)
     if quantization is not None and settings.average_bits is not None:
         quantization = _mixed(settings, quantization, classifier, settings.average_bits)

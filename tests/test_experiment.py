@@ -78,6 +78,9 @@ def test_mixed_widths_are_found_trained_and_resumed(tmp_path, capsys):
     last = str(tmp_path / "one" / "checkpoints" / "last.ckpt")
     again = run(settings(tmp_path / "two", average_bits=3.5, ckpt_path=last))
     assert again.size == outcome.size
+    assert again.float_accuracy == outcome.float_accuracy is not None
+    pretrained = settings(tmp_path / "three", average_bits=3.5, ckpt_path=last, pretrain_epochs=1)
+    assert run(pretrained).float_accuracy is None
     other = lq.QuantSpec(quantizer="lsq", grid="mid_rise", overrides={"model.layer1.*": {"granularity": "channel"}})
     with pytest.raises(ValueError, match="they differ in grid: checkpoint 'auto', callback 'mid_rise'"):
         run(settings(tmp_path / "three", average_bits=3.5, ckpt_path=last, spec=other))

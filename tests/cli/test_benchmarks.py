@@ -1,6 +1,9 @@
 import argparse
+import csv
 import importlib
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ def benchmark(monkeypatch):
 def composed(benchmark, change="unchanged", method="soft", network="resnet20_unseen", extras="distill"):
     options = argparse.Namespace(network=network, method=method, bits=2, extras=extras, epochs=1, lr=0.01)
     given = benchmark("ablation").settings(options, change)
-    return compose("config", ["output_dir=/tmp/unused", *benchmark("accuracy").overrides(given, method, [0])])
+    return compose("config", ["output_dir=/tmp/unused", *benchmark("accuracy").overrides(given, method)])
 
 
 def test_every_change_of_the_ablation_is_one_of_settings_that_exist(benchmark):
@@ -46,21 +49,73 @@ def test_every_row_of_the_table_is_one_of_settings_that_exist(benchmark):
         assert composed(benchmark, extras=extras).quantizer.bits == 2
 
 
-def test_a_fit_that_fails_keeps_no_other_method_from_its_row(benchmark, monkeypatch, tmp_path, capsys):
-    table = benchmark("accuracy")
+class Fits:
+    """Takes the place of ``lq train``: writes what a fit leaves behind, or breaks off."""
 
-    def train(command, check):
-        if "quantizer=minmax" in command:
-            raise table.subprocess.CalledProcessError(1, command)
-        folder = next(value for value in command if value.startswith("hydra.sweep.dir=")).split("=")[1]
-        (Path(folder) / "0").mkdir()
-        outcome = {"held_out_accuracy": 0.9, "accuracy": 0.8, "float_accuracy": 0.95}
-        (Path(folder) / "0" / "outcome.json").write_text(json.dumps(outcome))
+    def __init__(self, broken):
+        self.broken, self.commands = set(broken), []
 
-    monkeypatch.setattr(table.subprocess, "run", train)
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
-    monkeypatch.setattr("sys.argv", ["accuracy.py", "--methods", "minmax", "lsq"])
-    with pytest.raises(SystemExit, match="fits of minmax did not end"):
-        table.main()
+    def __call__(self, command, check):
+        assert check
+        self.commands.append(command)
+        given = dict(value.split("=", 1) for value in command if "=" in value)
+        for seed in given["seed"].split(","):
+            own = Path(given["hydra.sweep.dir"]) / seed
+            for file in (own / ".hydra" / "config.yaml", own / "checkpoints" / "last.ckpt"):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if "ckpt_path" not in given or file.suffix == ".yaml":  # resumed, it breaks off in its first epoch
+                    file.write_text(seed)
+            if self.broken & {given["quantizer"], seed}:
+                raise subprocess.CalledProcessError(1, command)
+            outcome = {"held_out_accuracy": 0.9, "accuracy": 0.8, "float_accuracy": 0.95}
+            (own / "outcome.json").write_text(json.dumps(outcome))
+
+
+@pytest.fixture
+def table(benchmark, monkeypatch, tmp_path):
+    """Called with arguments and what breaks off, gives the commands that ran and how the benchmark ended."""
+    module = benchmark("accuracy")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "FITS", tmp_path / "fits")
+
+    def call(*arguments, broken=()):
+        trainer = Fits(broken)
+        monkeypatch.setattr(subprocess, "run", trainer)
+        monkeypatch.setattr("sys.argv", ["accuracy.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        return trainer.commands, ended.value.code
+
+    return call
+
+
+def test_a_fit_that_fails_keeps_no_other_method_from_its_row(table, capsys):
+    _, code = table("--methods", "minmax", "lsq", broken=["minmax"])
+    assert code == "fits of minmax did not end: what they printed says why"
     assert "| lsq | 80.00 |" in capsys.readouterr().out
-    assert table.unfinished([]) is None
+
+
+def columns(folder, name):
+    with (folder / "accuracy.csv").open(newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def test_an_interrupted_fit_goes_on_from_its_last_epoch(table, tmp_path, capsys):
+    table("--methods", "lsq", "--seeds", "0", "1", broken=["1"])
+    assert columns(tmp_path, "seed") == ["0"]
+    (own,) = (tmp_path / "fits").glob("*/*")  # of seed 0 nothing is left
+    config, checkpoint = own / ".hydra" / "config.yaml", own / "checkpoints" / "last.ckpt"
+    for file, seconds in ((config, 100), (checkpoint, 30)):
+        os.utime(file, (file.stat().st_mtime - seconds,) * 2)
+    table("--methods", "lsq", "--seeds", "1", broken=["1"])
+    commands, code = table("--methods", "lsq", "--seeds", "0", "1", "2")
+    assert code is None
+    assert [[v for v in c if v.startswith(("seed", "ckpt"))] for c in commands] == [
+        ["seed=1", f"ckpt_path={checkpoint}"],
+        ["seed=2"],
+    ]
+    assert f"goes on from {checkpoint}" in capsys.readouterr().out
+    assert columns(tmp_path, "seed") == ["0", "1", "2"]
+    assert columns(tmp_path, "seconds") == ["0", "70", "0"]
+    assert not list((tmp_path / "fits").iterdir())
+    assert table("--methods", "lsq", "--seeds", "0", "1", "2")[0] == []
