@@ -51,6 +51,11 @@ METHODS = {
     "dlq": ["quantizer=dlq"],
     "codebook": ["quantizer=codebook"],
     "subset": ["quantizer=subset"],
+    "subset, uneven inputs": [
+        "quantizer=subset",
+        "quantizer.activation_levels=subset",
+        "quantizer.activation_candidates=apot",
+    ],
     "a2q": ["quantizer=a2q", *BOUNDED],
     "a2q_plus": ["quantizer=a2q_plus", *BOUNDED],
     "oaq": ["quantizer=oaq"],  # minmax, where no sum overflows, as here below 8 bits

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST_SCALE", "ScaleLayout", "damped", "pass_inside", "positive", "reduce_to_scale"]
+__all__ = ["SMALLEST_SCALE", "ScaleLayout", "damped", "in_memory_order", "pass_inside", "positive", "reduce_to_scale"]
 
 SMALLEST_SCALE = 1e-12
 _LARGEST_DOT = 2**31 - 1  # BLAS counts in 32 bits
@@ -100,11 +100,26 @@ def reduce_to_scale(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """
     if scale.numel() == 1:
         if a.numel() <= _LARGEST_DOT and a.dtype == b.dtype:
-            if not a.is_contiguous() and _channels_last(a) and _channels_last(b):
-                a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # as they lie in memory: flat without a copy
+            if _channels_last(a) and _channels_last(b):
+                a, b = in_memory_order(a), in_memory_order(b)
             return torch.dot(a.reshape(-1), b.reshape(-1)).to(scale.dtype).reshape(scale.shape)
         return (a * b).sum(dtype=scale.dtype).reshape(scale.shape)
     return (a * b).to(scale.dtype).sum_to_size(scale.shape)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """The same values with axes in the order in which they lie, which makes it flat without a copy.
+
+    Args:
+        x: any shape.
+
+    Returns:
+        Of images with their channels side by side a view ``(N, H, W, C)``, else ``x`` itself.
+
+    >>> in_memory_order(torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)).shape
+    torch.Size([2, 4, 5, 3])
+    """
+    return x.permute(0, 2, 3, 1) if _channels_last(x) and not x.is_contiguous() else x
 
 
 def _channels_last(x: Tensor) -> bool:

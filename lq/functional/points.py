@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lq.functional.lookup import count_reached, take
 
-__all__ = ["code_table", "decode_points", "encode_points", "nearest_point", "signed_levels"]
+__all__ = ["code_table", "decode_points", "encode_points", "midpoints", "nearest_point", "signed_levels"]
 
 
 def nearest_point(u: Tensor, points: Tensor) -> Tensor:
     """Index of the point nearest to each value; ties go up.
 
     Args:
-        u: shape ``(C, N)``.
+        u: shape ``(C, N)``; any for points of shape ``(K,)``.
         points: ascending, shape ``(K,)`` or ``(C, K)``.
 
     Returns:
@@ -25,14 +25,29 @@ def nearest_point(u: Tensor, points: Tensor) -> Tensor:
     >>> nearest_point(torch.tensor([[-3.0, 0.5, 9.0]]), torch.tensor([0.0, 1.0, 4.0]))
     tensor([[0, 1, 2]])
     """
-    return count_reached(u, (points[..., 1:] + points[..., :-1]) / 2)
+    return count_reached(u, midpoints(points))
+
+
+def midpoints(points: Tensor) -> Tensor:
+    """Values halfway between neighbours, from which on the upper one is nearer.
+
+    Args:
+        points: ascending, shape ``(..., K)``.
+
+    Returns:
+        Shape ``(..., K - 1)``.
+
+    >>> midpoints(torch.tensor([0.0, 1.0, 4.0]))
+    tensor([0.5000, 2.5000])
+    """
+    return (points[..., 1:] + points[..., :-1]) / 2
 
 
 def encode_points(x: Tensor, points: Tensor, scale: Tensor, *, bits: int, signed: bool) -> Tensor:
     """Codes of the points nearest to ``x / scale``.
 
     Args:
-        x: shape ``(C, N)``.
+        x: shape ``(C, N)``; any of two axes or more for one scale.
         points: ascending, in units of the scale, shape ``(K,)`` or ``(C, K)``; magnitudes unless ``signed``.
         scale: positive, or 0 for a row of zeros; shape ``(C,)`` or ``(1,)``.
         bits: width b of a code.
@@ -48,7 +63,7 @@ def encode_points(x: Tensor, points: Tensor, scale: Tensor, *, bits: int, signed
     if signed:
         return nearest_point(u, points).to(torch.uint8)
     index = nearest_point(u.abs(), points)
-    zero = points.expand(*u.shape[:1], -1)[:, :1] == 0
+    zero = points[..., :1] == 0
     negative = (u < 0) & ~(zero & (index == 0))  # zero has one code
     return (index + negative.long() * 2 ** (bits - 1)).to(torch.uint8)
 

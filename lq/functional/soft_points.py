@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lq.functional.layout import positive, reduce_to_scale
-from lq.functional.lookup import count_reached, take
-from lq.functional.points import decode_points, encode_points, signed_levels
+from lq.functional.layout import pass_inside, positive, reduce_to_scale
+from lq.functional.lookup import count_reached, look_up, take
+from lq.functional.points import decode_points, encode_points, midpoints, signed_levels
 from lq.functional.regularizer import REGULARIZERS
 from lq.functional.soft import IDENTITY_SLOPE, STAIRCASES, rise_, rise_derivative_, step_height
 from lq.functional.statistics import LevelStatistics
@@ -38,7 +38,10 @@ class PointSet(NamedTuple):
         return signed_levels(self.points, signed=self.signed)
 
     def hard(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Nearest level of each value, shape ``(C, N)``: exactly what the stored codes give back."""
+        """Nearest level of each value, shape ``(C, N)``, any for one scale: exactly what the stored codes give back."""
+        if self.signed and self.points.dim() == scale.numel() == 1:
+            levels = self.points.to(scale.dtype) * scale
+            return look_up(x / scale, midpoints(self.points), levels)
         codes = encode_points(x, self.points, scale, bits=self.bits, signed=self.signed)
         return decode_points(codes, self.points, scale, bits=self.bits, signed=self.signed)
 
@@ -65,6 +68,14 @@ def _inside(t: Tensor, levels: Tensor) -> Tensor:
     ends = levels[..., :1], levels[..., -1:]
     margin = 1e-6 * ends[1].abs()
     return (t >= ends[0] - margin) & (t <= ends[1] + margin)
+
+
+def _pass_inside(grad: Tensor, x: Tensor, s: Tensor, levels: Tensor) -> Tensor:
+    if levels.dim() > 1 or s.numel() > 1:
+        return grad * _inside(x / s, levels)
+    # the range brought to -1 .. 1, so that the bounds are numbers without waiting for a device
+    half, middle = (levels[-1] - levels[0]) / 2, (levels[-1] + levels[0]) / 2
+    return pass_inside(grad, (x / (s * half)).sub_(middle / half), -1.0, 1.0)
 
 
 class _PointStaircase(torch.autograd.Function):
@@ -102,7 +113,7 @@ class _PointStaircase(torch.autograd.Function):
         s = positive(scale)
         column = s.reshape(-1, 1)
         if flat:
-            grad_x = passed = grad * _inside(x / column, levels)
+            grad_x = passed = _pass_inside(grad, x, column, levels)
         else:
             place = _locate(x, s, levels)
             derivative = rise_derivative_(place.r * slope, staircase) * (slope / step_height(slope, staircase))

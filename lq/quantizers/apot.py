@@ -67,17 +67,4 @@ class InputAPoTQuantizer(InputSubsetQuantizer):
 
     def __init__(self, codes: CodeRange, **common: Any) -> None:
         """Take every candidate."""
-        super().__init__(codes, candidates="apot", **common)
-
-    def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
-        """Nearest levels with straight-through gradient.
-
-        Args:
-            x: one row.
-            scale: alpha, shape ``(1,)``.
-            gradient_scale: factor on the gradient of alpha.
-
-        Returns:
-            Levels.
-        """
-        return self._straight_through(x, scale.to(x.dtype), gradient_scale)
+        super().__init__(codes, candidates="apot", hard=True, **common)

@@ -64,7 +64,7 @@ class LogQuantizer(PointQuantizer):
         """
         if self.training:
             with torch.no_grad():
-                self._choose_(x.detach(), None, self.power)
+                self._choose_(x.detach().reshape(scale.numel(), -1), None, self.power)
                 scale = self.scale.to(x.dtype)
         return x + (self._nearest(x.detach(), scale) - x).detach()
 

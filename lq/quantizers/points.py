@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lq.functional.layout import positive
 from lq.functional.levels import CodeRange
-from lq.functional.points import decode_points, encode_points
+from lq.functional.points import decode_points, encode_points, midpoints
 from lq.functional.soft_points import PointSet, point_regularizer, point_staircase, point_statistics
 from lq.functional.statistics import LevelStatistics
 from lq.quantizers.soft import SoftQuantizer
@@ -53,7 +53,7 @@ class PointQuantizer(SoftQuantizer):
         """Staircase at the present slope.
 
         Args:
-            x: rows, one per scale.
+            x: rows, one per scale; of one scale any shape.
             scale: learned scale, shape ``(C,)``.
             gradient_scale: factor on the gradient of the scale.
 
@@ -88,7 +88,7 @@ class PointQuantizer(SoftQuantizer):
 
     def limits(self) -> Tensor:
         """Values halfway between neighbouring levels, ascending, shape ``(L-1,)``; of one scale and signed points."""
-        return (self.points[1:] + self.points[:-1]) / 2 * positive(self.scale.detach())
+        return midpoints(self.points) * positive(self.scale.detach())
 
     def rank(self, codes: Tensor) -> Tensor:
         """Codes in the order of their levels: of magnitudes, negative ones count downwards.
@@ -152,7 +152,7 @@ class PointQuantizer(SoftQuantizer):
         Raises:
             ValueError: for values that are not finite.
         """
-        rows, _ = self._prepare(x.detach())
+        rows = self.layout.rows(x.detach().to(torch.promote_types(x.dtype, torch.float32)))
         if not bool(torch.isfinite(rows).all()):
             raise ValueError("cannot choose points for values that are not finite: check the weights or the input data")
         magnitudes = rows if self.signed else rows.abs()
@@ -186,7 +186,10 @@ class PointQuantizer(SoftQuantizer):
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return self.layout.rows(x.to(dtype)), self.scale.to(dtype)
+        x = x.to(dtype)
+        # one scale needs no rows, whose values would have to be brought from their order in memory and back
+        as_it_is = self.layout.shape is None and self.points.dim() == 1 < x.dim()
+        return x if as_it_is else self.layout.rows(x), self.scale.to(dtype)
 
     def _restore(self, view: Tensor, shape: torch.Size) -> Tensor:
         return self.layout.unrows(view, shape)

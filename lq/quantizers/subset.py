@@ -116,6 +116,20 @@ class InputSubsetQuantizer(PointQuantizer):
         self.candidates = candidates
         self.codes = codes
 
+    def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
+        """Nearest levels with straight-through gradient, or the staircase where the forward pass is soft.
+
+        Args:
+            x: the input.
+            scale: learned scale, shape ``(1,)``.
+            gradient_scale: factor on the gradient of the scale.
+
+        Returns:
+            Levels, or softly quantized values.
+        """
+        how = self._straight_through if self.hard_forward else super().fake_quantize
+        return how(x, scale.to(x.dtype), gradient_scale)
+
     def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
         signed, count = self.codes.lo < 0, self.points.shape[-1]
         # magnitudes with a sign bit number half of the codes: unsigned inputs count as having one bit more

@@ -4,7 +4,8 @@ import torch
 import lq
 from lq.functional import fit_codebook
 from lq.functional.layout import ScaleLayout
-from lq.quantizers import APoTQuantizer, CodebookQuantizer, LogQuantizer, SubsetQuantizer
+from lq.quantizers import APoTQuantizer, CodebookQuantizer, LogQuantizer, SubsetQuantizer, build_activation_quantizer
+from lq.spec import LayerSpec
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -57,3 +58,32 @@ def test_every_weight_of_logarithmic_levels_learns(span):
     (gradient,) = torch.autograd.grad(quantizer(weight), weight, upstream)
     assert bool((weight.abs() > quantizer.level_values().max()).any())  # no learned scale brings these back inside
     torch.testing.assert_close(gradient, upstream)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("lowest", [0.0, -1.0])
+@pytest.mark.parametrize("method", ["subset", "apot"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_uneven_levels_of_inputs_have_straight_through_gradients(method, lowest, bits, channels_last):
+    spec = LayerSpec(bits=bits, quantizer=method, activation_levels="subset", gradient_scale=False)
+    quantizer = build_activation_quantizer(spec).train()
+    x = torch.randn(4, 8, 16, 16).clamp_min(lowest)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    quantizer.calibrate_(x, lowest)
+    scale = quantizer.quantizer.scale
+    scale.data.mul_(0.8)  # so that some values lie outside
+    levels = quantizer.quantizer.level_values()
+    x.requires_grad_()
+    y = quantizer(x)
+    assert y.stride() == x.stride()
+    assert torch.equal(y.detach(), quantizer.eval()(x).detach())
+    assert set(y.unique().tolist()) <= set(levels.tolist())
+    near = levels[(x.detach()[..., None] - levels).abs().argmin(-1)]
+    torch.testing.assert_close((y - x).abs().detach(), (near - x).abs().detach())
+    upstream = torch.randn(x.shape)
+    y.backward(upstream)
+    inside = (x >= levels[0]) & (x <= levels[-1])
+    assert 0.3 < inside.float().mean() < 1
+    assert torch.equal(x.grad, upstream * inside)
+    expected = (upstream * (y - x * inside)).sum() / scale
+    torch.testing.assert_close(scale.grad, expected.detach(), rtol=1e-3, atol=1e-2)
