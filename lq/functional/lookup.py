@@ -21,7 +21,7 @@ def count_reached(u: Tensor, thresholds: Tensor) -> Tensor:
         thresholds: ascending, shape ``(K,)`` or ``(C, K)``; infinite ones are never reached.
 
     Returns:
-        Counts from 0 to K, int64, shape of ``u``; 0 for NaN.
+        Counts from 0 to K, int64, shape of ``u``.
 
     >>> count_reached(torch.tensor([-3.0, 0.5, 9.0]), torch.tensor([0.5, 2.0]))
     tensor([0, 1, 2])
@@ -29,16 +29,7 @@ def count_reached(u: Tensor, thresholds: Tensor) -> Tensor:
     if (places := _grid(u, thresholds)) is not None:
         cell, counts = places
         return take(counts, cell)
-    thresholds = thresholds.to(u.dtype)
-    if thresholds.shape[-1] <= _FEW:
-        count = torch.zeros_like(u, dtype=torch.uint8)
-        for threshold in thresholds.unbind(-1):
-            column = threshold.reshape(-1, 1) if threshold.dim() else threshold
-            count += u >= column
-        return count.long()
-    if thresholds.dim() == 1:
-        return torch.bucketize(u, thresholds, right=True)
-    return torch.searchsorted(thresholds.contiguous(), u.contiguous(), right=True)
+    return _compared(u, thresholds)
 
 
 def look_up(u: Tensor, thresholds: Tensor, table: Tensor) -> Tensor:
@@ -58,7 +49,20 @@ def look_up(u: Tensor, thresholds: Tensor, table: Tensor) -> Tensor:
     if (places := _grid(u, thresholds)) is not None:
         cell, counts = places
         return take(table.index_select(0, counts), cell)
-    return take(table, count_reached(u, thresholds))
+    return take(table, _compared(u, thresholds))
+
+
+def _compared(u: Tensor, thresholds: Tensor) -> Tensor:
+    thresholds = thresholds.to(u.dtype)
+    if thresholds.shape[-1] <= _FEW:
+        count = torch.zeros_like(u, dtype=torch.uint8)
+        for threshold in thresholds.unbind(-1):
+            column = threshold.reshape(-1, 1) if threshold.dim() else threshold
+            count += u >= column
+        return count.long()
+    if thresholds.dim() == 1:
+        return torch.bucketize(u, thresholds, right=True)
+    return torch.searchsorted(thresholds.contiguous(), u.contiguous(), right=True)
 
 
 def _grid(u: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor] | None:
