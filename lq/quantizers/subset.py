@@ -128,7 +128,7 @@ class InputSubsetQuantizer(PointQuantizer):
             Levels, or softly quantized values.
         """
         how = self._straight_through if self.hard_forward else super().fake_quantize
-        return how(x, scale.to(x.dtype), gradient_scale)
+        return how(x, scale, gradient_scale)
 
     def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
         signed, count = self.codes.lo < 0, self.points.shape[-1]
