@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lq.calibration import calibrate, default_forward
+from lq.checks import require_number
 from lq.functional.allocation import choose_within_budget
 from lq.functional.distillation import distillation_loss
 from lq.globs import matches
 from lq.nn import weight_key
 from lq.spec import QuantSpec
-from lq.surgery import Plan, PlannedLayer, execution_order, make_plan, quantize_model
+from lq.surgery import Plan, PlannedLayer, execution_order, follow_norms_of_run, make_plan, quantize_model
 from lq.text import format_table
 
 __all__ = ["WIDTHS", "BitAllocation", "allocate_bits"]
@@ -91,6 +92,7 @@ def allocate_bits(
     Raises:
         ValueError: for a budget that is no number or that no choice meets, naming the least, for widths out of range,
             or no batches.
+        TypeError: for a spec that is none, or a model that does not return logits.
 
     Source: a layer's loss alone as in Dong et al., HAWQ-V2, NeurIPS 2020, measured in place of estimated.
 
@@ -100,6 +102,8 @@ def allocate_bits(
     >>> found.average_bits <= 5.5, [found.spec.layer("1").bits == found.bits["1"]]
     (True, [True])
     """
+    if not (spec is None or isinstance(spec, QuantSpec)):
+        raise TypeError(f"spec must be an lq.QuantSpec or None, got {spec!r}: write lq.QuantSpec()")
     spec, batches = spec or QuantSpec(), list(batches)
     _check_arguments(batches, spec, average_bits, widths)
     run = forward or default_forward
@@ -112,7 +116,7 @@ def allocate_bits(
     fixed = {path: plan.specs[path].weight_codes.bits for path in pinned}
     budget = int(average_bits * sum(counts.values())) - sum(counts[path] * bits for path, bits in fixed.items())
     _check_budget(average_bits, budget, counts, free, min(widths))
-    targets = [run(model, batch) for batch in batches]
+    targets = [_as_logits(run(model, batch)) for batch in batches]
     losses: dict[str, dict[int, float]] = {path: {} for path in free}
     for path in tqdm(free, desc="measuring layers", unit="layer", disable=not progress):
         for width in widths:
@@ -130,8 +134,10 @@ def allocate_bits(
 def _check_arguments(batches: list[Any], spec: QuantSpec, average_bits: float, widths: Sequence[int]) -> None:
     if not batches:
         raise ValueError("batches must hold at least one batch, got none: pass a few batches of training data")
-    if not (isinstance(average_bits, (int, float)) and 0 < average_bits < math.inf):
-        raise ValueError(f"average_bits must be a positive number, got {average_bits!r}: 4 is usual")
+    positive = "be a positive number"
+    require_number("average_bits", average_bits, lambda v: 0 < v < math.inf, positive, "4 is usual")
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise ValueError(f"widths must be a list, got {widths!r}: {list(WIDTHS)} is usual")
     if not widths or len(set(widths)) != len(widths):
         raise ValueError(f"widths must be one or more different ones, got {list(widths)}: {list(WIDTHS)} is usual")
     for width in widths:
@@ -196,11 +202,21 @@ def _check_budget(average_bits: float, budget: int, counts: dict[str, int], free
         )
 
 
+def _as_logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"model must return logits, got {type(output).__name__}: give forward=, which takes them from what it "
+            "returns"
+        )
+    return output
+
+
 def _divergence(
     model: nn.Module, spec: QuantSpec, batches: Sequence[Any], targets: Sequence[Tensor], run: Forward
 ) -> float:
     quantized = copy.deepcopy(model)
     quantize_model(quantized, spec)
+    follow_norms_of_run(quantized, lambda: run(quantized, batches[0]))
     if spec.activation is not None:
         calibrate(quantized, batches, forward=run)
     quantized.eval()

@@ -1,7 +1,9 @@
 """What a post-training search does: `SearchSpec`, a `QuantSpec` with the stages before and after the search."""
 
+import math
 from dataclasses import dataclass
 
+from lq.checks import require_integer, require_number, require_one_of
 from lq.spec import QuantSpec
 
 __all__ = ["IMPORTANCES", "ROUNDINGS", "SearchSpec"]
@@ -61,22 +63,17 @@ class SearchSpec(QuantSpec):
         """Validate every field."""
         super().__post_init__()
         for name, allowed in (("importance", IMPORTANCES), ("rounding", ROUNDINGS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}: choose one of those")
+            require_one_of(name, getattr(self, name), allowed)
         for name, least in (("reconstruct", 0), ("reconstruct_batch_size", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer from {least}, got {value!r}: choose such a number")
-        for name in ("reconstruct_lr", "scale_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must not be negative, got {value!r}: try 1e-2 or 1e-3")
+            fix, where = "choose such a number", f"be an integer from {least}"
+            require_integer(name, getattr(self, name), least, fix=fix, where=where)
+        for name, value in {"reconstruct_lr": self.reconstruct_lr or 0.0, "scale_lr": self.scale_lr}.items():
+            require_number(name, value, lambda v: 0 <= v < math.inf, "not be negative", "try 1e-2 or 1e-3")
         if self.normalize:
             raise ValueError(
                 "normalize must be False for a search, got True: nothing trains, search the weights as they are"
             )
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must lie from 0 to below 1, got {self.drop!r}: QDrop takes 0.5")
+        require_number("drop", self.drop, lambda v: 0 <= v < 1, "lie from 0 to below 1", "QDrop takes 0.5")
 
     @property
     def needs_batches(self) -> bool:

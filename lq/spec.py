@@ -1,10 +1,12 @@
 """What to quantize and how: frozen dataclasses that validate themselves and know nothing of modules."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from lq.functional.candidates import choices
+from lq.checks import require_bool, require_integer, require_number, require_one_of
+from lq.functional.candidates import CANDIDATE_SETS, choices
 from lq.functional.levels import GRIDS, MAX_BITS, MIN_BITS, CodeRange, code_range
 from lq.functional.scale import SCALE_INITS
 from lq.functional.soft import STAIRCASES
@@ -17,18 +19,23 @@ FORWARDS = ("soft", "hard")
 GRANULARITIES = ("tensor", "channel")
 SCALE_GRADIENTS = ("straight_through", "exact")
 POINT_QUANTIZERS = ("subset", "codebook", "log2", "dlq", "apot", "nulsq", "qn")  # levels or thresholds of their own
+_BY_WIDTH = tuple(name for name in POINT_QUANTIZERS if name != "qn")  # as many points as a width has codes
 _NORMALIZED = ("apot", "a2q", "a2q_plus")  # as published
 ACTIVATION_LEVELS = ("uniform", "subset")
 
 
-def _require(name: str, value: Any, allowed: Sequence[Any], fix: str = "choose one of those") -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}: {fix}")
+def _candidates(name: str, value: Any) -> str | tuple[float, ...]:
+    """A name of candidates, or magnitudes."""
+    try:
+        return value if isinstance(value, str) else tuple(float(v) for v in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be one of {CANDIDATE_SETS} or a list of magnitudes, got {value!r}: choose one"
+        ) from error
 
 
 def _require_bits(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
-        raise ValueError(f"{name} must be an integer from {MIN_BITS} to {MAX_BITS}, got {value!r}: choose one of those")
+    require_integer(name, value, MIN_BITS, MAX_BITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,8 @@ class LayerSpec:
         activation_bits: width of an activation code, 2 to 8, or "same" as the weights.
         activation: levels of the layer's input: "signed", "unsigned" (after a non-negative activation), "auto"
             (decided from calibration data), or null for weight-only quantization.
-        levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, else even.
+        levels: explicit number of weight levels in place of ``bits``: odd for mid_tread, else even. Not of methods
+            with points of their own, but for "qn".
         grid: of weights: "mid_tread" (zero is a level), "mid_rise" (levels at +-s/2, +-3s/2, ...), "full_range" (zero,
             and one level more below it than above: the {-2, -1, 0, 1} of LSQ's authors at 2 bits), or "auto": mid_rise
             for the soft staircase at 2 and 3 bits or an even number of levels, mid_tread elsewhere.
@@ -112,32 +120,39 @@ class LayerSpec:
         _require_bits("bits", self.bits)
         if self.activation_bits != "same":
             _require_bits("activation_bits", self.activation_bits)
-        _require("activation", self.activation, ACTIVATIONS)
-        _require("granularity", self.granularity, GRANULARITIES)
-        _require("forward", self.forward, FORWARDS)
-        _require("activation_forward", self.activation_forward, FORWARDS)
-        _require("scale_init", self.scale_init, SCALE_INITS)
-        _require("staircase", self.staircase, STAIRCASES)
-        _require("scale_gradient", self.scale_gradient, SCALE_GRADIENTS)
-        if self.slope_backward_max is not None and not self.slope_backward_max > 0:
-            raise ValueError(
-                f"slope_backward_max must be positive or None, got {self.slope_backward_max!r}: use None for no cap"
-            )
-        _require("grid", self.grid, ("auto", *GRIDS))
+        require_one_of("activation", self.activation, ACTIVATIONS)
+        require_one_of("granularity", self.granularity, GRANULARITIES)
+        require_one_of("forward", self.forward, FORWARDS)
+        require_one_of("activation_forward", self.activation_forward, FORWARDS)
+        require_one_of("scale_init", self.scale_init, SCALE_INITS)
+        require_one_of("staircase", self.staircase, STAIRCASES)
+        require_one_of("scale_gradient", self.scale_gradient, SCALE_GRADIENTS)
+        cap = math.inf if self.slope_backward_max is None else self.slope_backward_max
+        require_number("slope_backward_max", cap, lambda v: v > 0, "be positive or None", "use None for no cap")
+        require_one_of("grid", self.grid, ("auto", *GRIDS))
         code_range(self.bits, levels=self.levels, grid=self.weight_grid)
-        if not 8 <= self.accumulator_bits <= 32:
-            raise ValueError(f"accumulator_bits must lie from 8 to 32, got {self.accumulator_bits!r}: 16 is usual")
+        require_integer("accumulator_bits", self.accumulator_bits, 8, 32, "16 is usual")
+        for name in ("gradient_scale", "signed_points", "fold_norms"):
+            require_bool(name, getattr(self, name))
+        for name in ("zero", "normalize"):
+            require_one_of(name, getattr(self, name), (None, True, False))
+        if self.levels is not None and self.quantizer in _BY_WIDTH:
+            raise ValueError(
+                f"levels must be None for quantizer={self.quantizer!r}, got {self.levels}: its points fill a width, "
+                "give bits"
+            )
         if self.fold_norms and (self.quantizer != "minmax" or self.granularity != "tensor"):
             raise ValueError(
                 f"fold_norms must be False for quantizer={self.quantizer!r} and granularity={self.granularity!r}, got "
                 "True: it is of minmax with one scale per tensor; scales per channel are the same folded or not"
             )
-        _require("power", self.power, (2, 4))
-        _require("points_per", self.points_per, GRANULARITIES)
-        _require("activation_levels", self.activation_levels, ACTIVATION_LEVELS)
+        require_one_of("power", self.power, (2, 4))
+        require_one_of("points_per", self.points_per, GRANULARITIES)
+        require_one_of("activation_levels", self.activation_levels, ACTIVATION_LEVELS)
         for name in ("candidates", "activation_candidates"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value if isinstance(value, str) else tuple(float(v) for v in value))
+            object.__setattr__(self, name, _candidates(name, getattr(self, name)))
+        if self.words is not None:
+            require_integer("words", self.words, 1, fix="a shifter for each, or None")
         if self.quantizer == "subset":
             choices(self.candidates, self.bits, signed=self.signed_points, zero=self.zero, words=self.words)
             if self.activation is not None and self.activation_levels == "subset":
@@ -224,10 +239,15 @@ class QuantSpec(LayerSpec):
             _require_bits("first_last_bits", self.first_last_bits)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, globs(name, getattr(self, name)))
-        object.__setattr__(self, "overrides", {str(k): dict(v) for k, v in dict(self.overrides or {}).items()})
+        for pattern, changes in (given := dict(self.overrides or {})).items():
+            if not isinstance(changes, Mapping):
+                raise ValueError(
+                    f"overrides[{pattern!r}] must hold fields by name, got {changes!r}: such as {{'bits': 8}}"
+                )
+        object.__setattr__(self, "overrides", {str(k): dict(v) for k, v in given.items()})
         for pattern, changes in self.overrides.items():
             for key in changes:
-                _require(f"overrides[{pattern!r}] key", key, LAYER_FIELDS)
+                require_one_of(f"overrides[{pattern!r}] key", key, LAYER_FIELDS)
             replace(self._plain(), **_widened(changes))
 
     def _plain(self) -> LayerSpec:
@@ -269,7 +289,7 @@ class QuantSpec(LayerSpec):
         """
         allowed = tuple(f.name for f in fields(cls))
         for key in values:
-            _require("QuantSpec field", key, allowed, "remove it or correct its spelling")
+            require_one_of("QuantSpec field", key, allowed, "remove it or correct its spelling")
         return cls(**values)
 
 

@@ -112,9 +112,39 @@ def test_bad_input_names_what_is_possible(network):
     for budget in (float("nan"), float("inf"), -1, "3"):
         with pytest.raises(ValueError, match=f"average_bits must be a positive number, got {budget!r}"):
             lq.allocate_bits(model, batches, average_bits=budget)
+    with pytest.raises(ValueError, match="widths must be a list, got 5"):
+        lq.allocate_bits(model, batches, average_bits=4, widths=5)
+    with pytest.raises(TypeError, match="spec must be an lq.QuantSpec or None, got 3"):
+        lq.allocate_bits(model, batches, 3, average_bits=4)
+    with pytest.raises(TypeError, match="model must return logits, got dict: give forward="):
+        lq.allocate_bits(model, batches, average_bits=6, forward=lambda m, x: {"logits": m(x)}, progress=False)
     for widths in ([], [4, 4]):
         with pytest.raises(ValueError, match="widths must be one or more different ones, got"):
             lq.allocate_bits(model, batches, average_bits=4, widths=widths)
+
+
+def test_levels_that_follow_a_batch_norm_do_so_where_a_width_is_measured():
+    torch.manual_seed(0)
+    parts = [
+        nn.Conv2d(3, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ]
+    model = nn.Sequential(*parts).eval()
+    nn.init.uniform_(model[3].weight, 0.05, 3.0)
+    images = torch.randn(16, 3, 2, 2)
+    folded = lq.QuantSpec(quantizer="minmax", fold_norms=True, activation=None)
+    found = lq.allocate_bits(model, [images], folded, average_bits=8, widths=[3], progress=False)
+    alone = copy.deepcopy(model)
+    spec = lq.QuantSpec(
+        quantizer="minmax", fold_norms=True, activation=None, bits=3, include=["2"], first_last_bits=None
+    )
+    lq.quantize_model(alone, spec, images)
+    expected = distillation_loss(alone(images), model(images))
+    assert found.losses["2"][3] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_batches_may_come_from_a_generator(network):

@@ -9,7 +9,7 @@ import lq
 
 ROOT = Path(lq.__file__).parent
 LAYERS = [
-    {"text", "files", "distributed", "globs", "_paths"},
+    {"text", "files", "distributed", "globs", "checks", "_paths"},
     {"functional"},
     {"spec"},
     {"search_spec"},

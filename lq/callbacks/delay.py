@@ -11,6 +11,7 @@ from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
 from lq.callbacks.progressive import ProgressiveBits
 from lq.callbacks.steps import StepCounter, forget_best
+from lq.checks import require_integer, require_number
 from lq.nn import named_quantized_layers
 
 __all__ = ["DelayedActivations"]
@@ -48,10 +49,9 @@ class DelayedActivations(StepCounter):
     ) -> None:
         """Validate; nothing is touched before the first batch."""
         super().__init__()
-        if not 0 < until < 1:
-            raise ValueError(f"until must lie between 0 and 1, got {until}: 0.3 leaves most of the fit to activations")
-        if calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}: try 4")
+        most = "0.3 leaves most of the fit to activations"
+        require_number("until", until, lambda v: 0 < v < 1, "lie between 0 and 1", most)
+        require_integer("calibration_batches", calibration_batches, 1, fix="try 4")
         self.until, self.switched = until, False
         self.calibration_batches, self.calibration_forward = calibration_batches, calibration_forward
 

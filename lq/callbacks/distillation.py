@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lq.callbacks.parts import descend, paths_near
 from lq.callbacks.patches import Patches
+from lq.checks import require_integer, require_number
 from lq.files import raw_bytes
 from lq.functional.distillation import distillation_loss, feature_loss
 from lq.surgery import dequantize_model
@@ -66,16 +68,16 @@ class SelfDistillation(Callback):
         """Validate; nothing is touched before `setup`."""
         super().__init__()
         for name, value in {"weight": weight, "task_weight": task_weight, "feature_weight": feature_weight}.items():
-            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ValueError(
-                    f"{name} must be a finite number and not negative, got {value!r}: 1 is usual, 0 switches it off"
-                )
+            finite, off = "be a finite number and not negative", "1 is usual, 0 switches it off"
+            require_number(name, value, lambda v: 0 <= v < math.inf, finite, off)
         if not (weight or task_weight or feature_weight):
             raise ValueError("weight and task_weight must not both be 0, which leaves no loss: set weight=1")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}: 4 is usual")
-        if isinstance(features, str):
-            raise ValueError(f'features must be a list of paths, got {features!r}: write features=["{features}"]')
+        require_number("temperature", temperature, lambda v: 0 < v < math.inf, "be positive", "4 is usual")
+        if isinstance(features, str) or not all(isinstance(path, str) for path in features):
+            raise ValueError(f'features must be a list of paths, got {features!r}: write features=["layer1"]')
+        if not (logits is None or callable(logits)):
+            raise TypeError(f"logits must be a function or None, got {logits!r}: give one that takes what is returned")
+        require_integer("dim", dim, -math.inf, fix="1 is usual")
         if bool(features) != (feature_weight > 0):
             raise ValueError(
                 f"features and feature_weight belong together, got {list(features)} and {feature_weight}: give both"
@@ -134,7 +136,7 @@ class SelfDistillation(Callback):
         mine, theirs = self._watch(student), self._watch(teacher)
 
         def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._active:
+            if self._active and torch.is_grad_enabled():  # a look without gradients is no step
                 self._terms.append(self._term(output, self._taught(teacher, args, kwargs), mine, theirs))
 
         self._handles.append(student.register_forward_hook(compare, with_kwargs=True))
@@ -174,9 +176,9 @@ class SelfDistillation(Callback):
 
     def _student(self, pl_module: LightningModule) -> nn.Module:
         path = self.student if isinstance(self.student, str) else ""
-        found, nearest = _descend(pl_module, path)
+        found, nearest = descend(pl_module, path)
         if not path or not found:
-            near = _paths_near(*nearest)
+            near = paths_near(*nearest)
             raise ValueError(f"student must be the path of a network in the module, got {self.student!r}: try {near}")
         return nearest[1]
 
@@ -198,12 +200,12 @@ class SelfDistillation(Callback):
         """What the chosen parts of a network gave last, kept up to date."""
         seen: dict[str, Tensor] = {}
         for path in self.features:
-            found, (where, part) = _descend(network, path)
+            found, (where, part) = descend(network, path)
             if not found:
                 which = "teacher" if network is self.teacher else "student"
                 raise ValueError(
                     f"features must be paths in student and teacher, got {path!r}, which the {which} lacks: it has "
-                    f"{_paths_near(where, part) or 'no parts'}"
+                    f"{paths_near(where, part) or 'no parts'}"
                 )
 
             def keep(_: nn.Module, _args: Any, output: Tensor, path: str = path) -> None:
@@ -213,9 +215,13 @@ class SelfDistillation(Callback):
         return seen
 
     def _term(self, output: Any, target: Any, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
-        z, t = self.logits(output), self.logits(target)
-        _check_shapes("logits", z, t, "choose a teacher for the same classes")
-        term = self.weight * distillation_loss(z, t, temperature=self.temperature, dim=self.dim)
+        term = torch.zeros(())
+        if self.weight:  # without, a teacher may have other classes, or none
+            z, t = self.logits(output), self.logits(target)
+            _check_shapes("logits", z, t, "choose a teacher for the same classes")
+            if not -z.ndim <= self.dim < z.ndim:
+                raise ValueError(f"dim must be one of logits {tuple(z.shape)}, got {self.dim}: 1 is usual")
+            term = self.weight * distillation_loss(z, t, temperature=self.temperature, dim=self.dim)
         for path in self.features:
             pair = _feature(path, mine, "student"), _feature(path, theirs, "teacher")
             _check_shapes(f"features {path!r}", *pair, "leave them out, or choose parts of one width")
@@ -269,23 +275,6 @@ def _check_shapes(what: str, student: Tensor, teacher: Tensor, fix: str) -> None
 
 def _kind(value: Any) -> str:
     return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _descend(network: nn.Module, path: str) -> tuple[bool, tuple[str, nn.Module]]:
-    """Whether a path exists, and the part that it leads to, or the last one on the way."""
-    where, part = "", network
-    for name in filter(None, path.split(".")):
-        children = dict(part.named_children())
-        if name not in children:
-            return False, (where, part)
-        where, part = f"{where}.{name}".lstrip("."), children[name]
-    return True, (where, part)
-
-
-def _paths_near(where: str, part: nn.Module) -> list[str]:
-    """What could have been meant: the parts there that learn, or that part itself."""
-    inside = [f"{where}.{n}".lstrip(".") for n, child in part.named_children() if any(True for _ in child.parameters())]
-    return inside or [where] * bool(where)
 
 
 def _fingerprint(network: nn.Module) -> str:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lq.callbacks.steps import StepCounter
+from lq.checks import require_number
 from lq.functional.oscillation import Oscillation, start_oscillation, track_oscillation
 from lq.functional.schedule import ramp
 from lq.network import distinct_weights
@@ -21,8 +22,9 @@ class IterativeFreezing(StepCounter):
     """Freezes a weight to its average level once it turns back more often than a threshold allows.
 
     The threshold falls along a cosine over the fit. Place it behind `LearnedQuantization`. Frozen weights follow their
-    level, which goes on learning. Layers that compute their weight from others (standardization, normalization) are
-    left alone and named.
+    level, which goes on learning. Layers that compute their weight from others (standardization, normalization), or
+    whose scale widens while sums overflow (oaq: held at their codes, weights would grow with it), are left alone and
+    named.
 
     Args:
         threshold_start: share of steps on which a weight may turn back at the start.
@@ -41,13 +43,11 @@ class IterativeFreezing(StepCounter):
     def __init__(self, threshold_start: float = 0.1, threshold_end: float = 0.01, momentum: float = 0.01) -> None:
         """Validate; nothing is tracked before the first step."""
         super().__init__()
-        if not 0 < threshold_end <= threshold_start:
-            raise ValueError(
-                f"threshold_end must lie above 0 and not above threshold_start, got {threshold_end} and "
-                f"{threshold_start}: it falls, 0.1 to 0.01 is usual"
-            )
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must lie above 0 and not above 1, got {momentum}: 0.01 is usual")
+        falls = "it falls, 0.1 to 0.01 is usual"
+        require_number("threshold_start", threshold_start, lambda v: 0 < v <= 1, "lie above 0 and not above 1", falls)
+        below = f"lie above 0 and not above threshold_start, {threshold_start}"
+        require_number("threshold_end", threshold_end, lambda v: 0 < v <= threshold_start, below, falls)
+        require_number("momentum", momentum, lambda v: 0 < v <= 1, "lie above 0 and not above 1", "0.01 is usual")
         self.thresholds, self.momentum = (threshold_start, threshold_end), momentum
         self.states: dict[str, Oscillation] = {}
         self._levels: dict[str, int] = {}
@@ -62,7 +62,10 @@ class IterativeFreezing(StepCounter):
         super().on_train_start(trainer, pl_module)
         left = [path for path, layer in distinct_weights(pl_module) if not _can_freeze(layer)]
         if left:
-            rank_zero_warn(f"layers that compute their weight cannot be frozen and are left alone: {left}")
+            rank_zero_warn(
+                "layers whose weight is computed, or whose scale widens while sums overflow, cannot be frozen and are "
+                f"left alone: {left}"
+            )
 
     @torch.no_grad()
     def after_step(self, pl_module: LightningModule) -> None:
@@ -115,7 +118,8 @@ class IterativeFreezing(StepCounter):
 
 
 def _can_freeze(layer: QuantLayer) -> bool:
-    return not layer.computes_weight and layer.weight_normalizer is None
+    derived = layer.computes_weight or layer.weight_normalizer is not None
+    return not (derived or layer.weight_quantizer.watches_sums)
 
 
 def _weight(layer: QuantLayer) -> Tensor:

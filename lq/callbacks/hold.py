@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lq.checks import require_integer, require_number, require_one_of
+
 __all__ = ["Hold", "HoldAtAlignment", "HoldAtStep", "HoldOnPlateau"]
 
 
@@ -17,8 +19,7 @@ class HoldAtStep:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if self.step < 0:
-            raise ValueError(f"step must not be negative, got {self.step}: count optimizer steps from 0")
+        require_integer("step", self.step, 0, fix="count optimizer steps from 0", where="not be negative")
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class HoldAtAlignment:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be an alignment from -1 to 1, got {self.threshold}: try 0.9")
+        inside = "be an alignment from -1 to 1"
+        require_number("threshold", self.threshold, lambda v: -1 <= v <= 1, inside, "try 0.9")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,8 @@ class HoldOnPlateau:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {self.mode!r}: use 'max' for accuracy, 'min' for loss")
-        if self.patience < 0:
-            raise ValueError(f"patience must not be negative, got {self.patience}: count validations from 0")
+        require_one_of("mode", self.mode, ("min", "max"), "use 'max' for accuracy, 'min' for loss")
+        require_integer("patience", self.patience, 0, fix="count validations from 0", where="not be negative")
 
 
 Hold = HoldAtStep | HoldAtAlignment | HoldOnPlateau

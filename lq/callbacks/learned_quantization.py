@@ -26,12 +26,13 @@ from lq.callbacks.guards import (
     warn_of_late_averaging,
 )
 from lq.callbacks.patches import Patches
+from lq.callbacks.regularization import add_regularizer, check_regularizer
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
 from lq.callbacks.steps import steps_of_fit
 from lq.callbacks.tracker import QuantizationTracker, log_report
 from lq.checkpoints import checkpoint_entry, restore_plan
 from lq.group_rules import GroupRules, Rule, decay_rules
-from lq.network import layer_statistics, scale_parameters, scale_regularizer, set_slope
+from lq.network import layer_statistics, scale_parameters, set_slope
 from lq.nn import QuantLayer, named_quantized_layers
 from lq.spec import QuantSpec
 from lq.surgery import SwapReport, apply_plan, execution_order, make_plan, run_example, swap_report
@@ -104,6 +105,7 @@ class LearnedQuantization(Callback):
         self._norms: list[str] | None = None  # those that train
         self._regularizer: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
+        self._reestimated: int | None = None  # optimizer steps taken when batch norms were last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the layers, or arrange that layers which the module builds later are swapped when they exist."""
@@ -113,7 +115,7 @@ class LearnedQuantization(Callback):
             warn_of_late_averaging(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
             self.annealing = Annealing(self.anneal)
             self.tracker.restart()
-            self._regularizer = self._loss = self._norms = None
+            self._regularizer = self._loss = self._norms = self._reestimated = None
         restore = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -155,6 +157,7 @@ class LearnedQuantization(Callback):
         self._started = True
         if not named_quantized_layers(pl_module):
             raise ValueError("no layer was quantized: build the network in __init__, setup or configure_model")
+        check_regularizer(pl_module, self.anneal)
         self.annealing.resolve(steps_of_fit(trainer))
         begins = self.annealing.step == 0
         fresh = begins and bool(self._fresh or uncalibrated_layers(pl_module))
@@ -189,32 +192,10 @@ class LearnedQuantization(Callback):
         if all(p.grad is None for group in groups for p in group["params"]):
             return  # training_step skipped the batch
         self._stepped = True
-        strength = self.annealing.strength
-        if strength == 0:
-            return
-        layers = named_quantized_layers(pl_module).values()
-        candidates = {id(p) for layer in layers for p in layer.parameters()}
-        params = [p for group in groups for p in group["params"] if id(p) in candidates and p.requires_grad]
-        if not params:
-            return
-        with torch.enable_grad():
-            value = scale_regularizer(
-                pl_module,
-                kind=self.anneal.regularizer or "nearest",
-                on=self.anneal.regularizer_on,
-                scale_gradient=self.anneal.regularizer_scale_gradient,
-            )
-            if not value.requires_grad:
-                return  # every quantized weight is frozen
-            gradients = torch.autograd.grad(value, params, allow_unused=True)
-        factor = strength * loss_scale(trainer, optimizer)
-        for parameter, gradient in zip(params, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(gradient.to(parameter.grad.dtype), alpha=factor)
-        self._regularizer = value.detach()
+        if self.annealing.strength:
+            factor = self.annealing.strength * loss_scale(trainer, optimizer)
+            value = add_regularizer(pl_module, groups, self.anneal, factor)
+            self._regularizer = self._regularizer if value is None else value
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -244,9 +225,9 @@ class LearnedQuantization(Callback):
         self.annealing.see_alignment(values[metric("alignment")])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to anneal by steps that nobody reports; re-estimate batch norms where no validation will."""
+        """Refuse to anneal by steps that nobody reports; re-estimate batch norms where no validation has since."""
         check_stepped(self.annealing.step)
-        if not sum(trainer.num_val_batches):
+        if self._reestimated != self.annealing.step:
             self._reestimate(trainer, pl_module)
 
     def on_validation_batch_start(
@@ -257,7 +238,7 @@ class LearnedQuantization(Callback):
             self._reestimate(trainer, pl_module)
 
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        count, forward = self.anneal.reestimate_bn, self.calibration_forward
+        count, forward, self._reestimated = self.anneal.reestimate_bn, self.calibration_forward, self.annealing.step
         reestimate_on_training_batches(trainer, pl_module, count, forward, self._norms or ())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

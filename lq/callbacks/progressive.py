@@ -13,6 +13,7 @@ from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
 from lq.callbacks.learned_quantization import LearnedQuantization
 from lq.callbacks.steps import StepCounter, forget_best
+from lq.checks import require_integer, require_number
 from lq.network import quantizers, scale_parameters, set_slope
 from lq.nn import named_quantized_layers
 from lq.quantizers import ActivationQuantizer, SoftQuantizer
@@ -57,16 +58,15 @@ class ProgressiveBits(StepCounter):
     ) -> None:
         """Validate; nothing is touched before the first batch."""
         super().__init__()
-        if isinstance(bits, (str, int)):
+        if isinstance(bits, str) or not isinstance(bits, Sequence):
             raise ValueError(f"bits must be a list of widths, got {bits!r}: try [8, 4]")
         for width in bits:
             LayerSpec(bits=width)  # complains
         if not bits or list(bits) != sorted(set(bits), reverse=True):
             raise ValueError(f"bits must fall from stage to stage, got {list(bits)}: try [8, 4]")
-        if not 0 < until < 1:
-            raise ValueError(f"until must lie between 0 and 1, got {until}: 0.5 leaves half of it to the last width")
-        if calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}: try 4")
+        half = "0.5 leaves half of it to the last width"
+        require_number("until", until, lambda v: 0 < v < 1, "lie between 0 and 1", half)
+        require_integer("calibration_batches", calibration_batches, 1, fix="try 4")
         self.bits, self.until = tuple(bits), until
         self.calibration_batches, self.calibration_forward = calibration_batches, calibration_forward
         self.stage, self.last = -1, dict[str, LayerSpec]()

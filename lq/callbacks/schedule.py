@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lq.callbacks.hold import Hold, HoldAtAlignment, HoldAtStep, HoldOnPlateau
+from lq.checks import require_bool, require_integer, require_number, require_one_of
 from lq.functional.regularizer import REGULARIZERS
 from lq.functional.schedule import SCHEDULES, ramp
 
@@ -26,7 +27,8 @@ class AnnealSpec:
             optimization of its batches, so give steps where you accumulate).
         hold: criterion that ends the rise early: HoldAtStep, HoldAtAlignment or HoldOnPlateau; null for none.
         regularizer: "nearest", "l1" or "sine"; null for none.
-        regularizer_on: distance of the "latent" weight, or of what the soft staircase makes of it, "quantized".
+        regularizer_on: distance of the "latent" weight, or of what the soft staircase makes of it, "quantized", where a
+            quantizer has one.
         regularizer_scale_gradient: whether scales learn from the regularizer.
         strength: factor on the regularizer at the end of its ramp.
         strength_schedule: ramp over ``anneal_steps``, "linear" or "cosine" from 0, or "constant".
@@ -39,8 +41,8 @@ class AnnealSpec:
         start_rounding: "error_feedback" puts the weights of a float network onto their levels before the first step, so
             that those not yet rounded make up for the error of those that are: a lower loss at first, though no more
             accuracy in the end where it was measured. None leaves the weights as they are.
-        reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, 0 for none;
-            networks without batch norms pay nothing.
+        reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, and at the end of
+            an epoch whose last steps none follows, 0 for none; networks without batch norms pay nothing.
 
     Raises:
         ValueError: naming the field, the value got, the values allowed and the fix.
@@ -64,37 +66,44 @@ class AnnealSpec:
 
     def __post_init__(self) -> None:
         """Validate every field."""
-        if not 0 <= self.slope_start <= self.slope_end:
-            raise ValueError(
-                f"slope_start must lie from 0 to slope_end, got {self.slope_start} and {self.slope_end}: it rises"
-            )
+        require_number("slope_end", self.slope_end, lambda v: v >= 0, "be a number of at least 0", "16 is usual")
+        rises = f"lie from 0 to slope_end, {self.slope_end}"
+        require_number("slope_start", self.slope_start, lambda v: 0 <= v <= self.slope_end, rises, "1 is usual")
         fraction = isinstance(self.anneal_steps, float)
-        if not (0 < self.anneal_steps <= 1 if fraction else self.anneal_steps >= 1):
-            raise ValueError(
-                f"anneal_steps must be an integer of at least 1 or a fraction in (0, 1], got {self.anneal_steps!r}: "
-                "use 0.8 for 80 % of the fit"
-            )
+        require_number(
+            "anneal_steps",
+            self.anneal_steps,
+            lambda v: 0 < v <= 1 if fraction else v >= 1,
+            "be an integer of at least 1 or a fraction in (0, 1]",
+            "use 0.8 for 80 % of the fit",
+        )
         start = 0 if self.strength_start is None else self.strength_start
-        if not 0 <= start < (1 if isinstance(start, float) else math.inf):
-            raise ValueError(
-                f"strength_start must be an integer of at least 0, a fraction in [0, 1) or None, got {start!r}: "
-                "use 0.9 for the last tenth of the fit"
-            )
+        require_number(
+            "strength_start",
+            start,
+            lambda v: 0 <= v < (1 if isinstance(start, float) else math.inf),
+            "be an integer of at least 0, a fraction in [0, 1) or None",
+            "use 0.9 for the last tenth of the fit",
+        )
         if self.hold is not None and not isinstance(self.hold, Hold):
-            raise ValueError(f"hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got {self.hold!r}")
+            raise ValueError(
+                f"hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got {self.hold!r}: write "
+                "lq.HoldAtStep(1000)"
+            )
         for name, allowed in (
             ("regularizer", (*REGULARIZERS, None)),
             ("regularizer_on", ("latent", "quantized")),
             ("strength_schedule", SCHEDULES),
             ("start_rounding", ("error_feedback", None)),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}: choose one of those")
-        for name in ("strength", "scale_lr_factor", "reestimate_bn"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}: use 0 to switch it off")
-        if self.calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be at least 1, got {self.calibration_batches!r}: try 8")
+            require_one_of(name, getattr(self, name), allowed)
+        for name in ("strength", "scale_lr_factor"):
+            value, off = getattr(self, name), "use 0 to switch it off"
+            require_number(name, value, lambda v: 0 <= v < math.inf, "not be negative", off)
+        require_integer("reestimate_bn", self.reestimate_bn, 0, fix="use 0 to switch it off")
+        require_integer("calibration_batches", self.calibration_batches, 1, fix="try 8")
+        for name in ("regularizer_scale_gradient", "weight_decay_by_bits"):
+            require_bool(name, getattr(self, name))
 
 
 class Annealing:

@@ -16,7 +16,9 @@ class APoTQuantizer(SubsetQuantizer):
         Q = alpha * P(clip(w / alpha, -t, t)),  P the nearest of the points, t the largest        dQ/dw = 1 everywhere
         dQ/dalpha = Q/alpha - w/alpha inside, t sign(w) outside
 
-    The authors quantize weights of mean 0 and a fixed spread: `lq.LayerSpec.normalize` does that by default.
+    The authors quantize weights of mean 0 and a fixed spread: `lq.LayerSpec.normalize` does that by default. They begin
+    with alpha 3 for weights and 6 or 8 for inputs, whatever the width, and decay it; here it begins with least squares,
+    learns with LSQ's gradient scale and does not decay.
 
     Args:
         bits: width of a code, sign included; 2 bits are ternary.
@@ -31,6 +33,8 @@ class APoTQuantizer(SubsetQuantizer):
     >>> quantizer.eval()(torch.tensor([-0.3, 0.9])).tolist()
     [-0.25, 1.0]
     """
+
+    softens = False
 
     def __init__(self, bits: int, **common: Any) -> None:
         """Take every candidate: only the scale is left to choose."""

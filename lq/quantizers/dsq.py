@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.functional.dsq import DSQ_ALPHA_MAX, dsq_quantize
+from lq.functional.dsq import DSQ_ALPHA_MAX, dsq_quantize, dsq_soft
 from lq.functional.levels import CodeRange
 from lq.quantizers.base import Quantizer
 
@@ -31,6 +31,8 @@ class DSQQuantizer(Quantizer):
     [0.0, 1.0, 1.0]
     """
 
+    softens = True
+
     def __init__(self, codes: CodeRange, *, alpha: float = 0.2, **common: Any) -> None:
         """One alpha per tensor."""
         super().__init__(codes, **common)
@@ -51,3 +53,6 @@ class DSQQuantizer(Quantizer):
         """
         alpha = self.alpha.to(x.dtype)
         return dsq_quantize(x, scale, alpha, gradient_scale=gradient_scale, **self.codes._asdict())
+
+    def _softened(self, view: Tensor, scale: Tensor) -> Tensor:
+        return dsq_soft(view, scale, self.alpha.to(view.dtype), **self.codes._asdict())

@@ -12,10 +12,11 @@ class QuantizerHooks(nn.Module):
 
     Attributes:
         watches_sums: whether `see_sums_` wants to see the layer's sums in training.
+        softens: whether training sees values between levels, or would if it did not round.
         shifts: whether levels begin at an offset: codes are unsigned whatever the values, and zero may be no level.
     """
 
-    watches_sums = shifts = False
+    watches_sums = softens = shifts = False
 
     def make_normalizer(self, weight: Tensor) -> WeightNormalizer:
         """What a weight passes before this quantizes it, where a spec says ``normalize``.

@@ -19,7 +19,9 @@ class LearnedStepsQuantizer(PointQuantizer):
     """``2^b`` levels with zero among them, at learned steps from each other; see `learned_step_quantize`.
 
     There is one level more below zero than above, as in the paper. The scales are not learned: they say how large rows
-    are relative to each other, where scales are per channel.
+    are relative to each other, where scales are per channel. The authors begin with even steps from a table for
+    Gaussian weights, and train steps by AdamW with weight decay; here they begin with even steps of least squares, and
+    learn as scales do, with LSQ's gradient scale and without decay.
 
     Args:
         bits: width of a code.
@@ -32,6 +34,8 @@ class LearnedStepsQuantizer(PointQuantizer):
     >>> quantizer.eval()(torch.tensor([0.4, -1.6, 9.0])).tolist()
     [0.0, -2.0, 1.0]
     """
+
+    softens = False
 
     def __init__(self, bits: int, **common: Any) -> None:
         """Steps of 1."""

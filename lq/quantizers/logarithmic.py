@@ -29,14 +29,17 @@ class LogQuantizer(PointQuantizer):
         span: octaves between the smallest and the largest magnitude; None for whole exponents, ``2^(b-1) - 1``.
         **common: arguments of `PointQuantizer`.
 
-    Source: Miyashita et al., Convolutional Neural Networks using Logarithmic Data Representation, 2016; Cai et al.,
-        2018, with fractional exponents from -7 to 0.
+    Source: Miyashita et al., Convolutional Neural Networks using Logarithmic Data Representation, 2016, whose exponents
+        are as many without the sign bit and who keep an exact 0; Cai et al., 2018, with fractional exponents from -7 to
+        0.
 
     >>> quantizer = LogQuantizer(3)
     >>> quantizer.calibrate_(torch.tensor([1.0]))
     >>> quantizer.eval()(torch.tensor([-0.3, 0.72])).tolist()
     [-0.25, 1.0]
     """
+
+    softens = False
 
     def __init__(self, bits: int, *, span: float | None = None, **common: Any) -> None:
         """Place the points."""

@@ -12,7 +12,8 @@ class LSQQuantizer(Quantizer):
     """Learned step size quantization; see `lq.functional.lsq_quantize`.
 
     The levels are symmetric about zero, as everywhere in `lq`; the paper's weights have one negative level more.
-    Where ``count`` is 0 the gradient scale counts the features of one sample, the paper's N_F.
+    The paper's first scales are those of ``scale_init="lsq"``; by default all methods of `lq` begin with the scale of
+    least squares. Where ``count`` is 0 the gradient scale counts the features of one sample, the paper's N_F.
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020.
 

@@ -29,7 +29,8 @@ class LSQPlusQuantizer(LSQQuantizer):
         **common: arguments of `Quantizer`.
 
     Source: Bhalgat et al., LSQ+: Improving low-bit quantization through learnable offsets and better initialization,
-        CVPR Workshops 2020; weights as LSQ's.
+        CVPR Workshops 2020; weights as LSQ's, whose first scale is the spec's ``scale_init``, not the authors'
+        ``max |mean +- 3 sigma| / 2^(b-1)``.
 
     >>> quantizer = LSQPlusQuantizer(CodeRange(0, 3, 0.0))
     >>> quantizer.calibrate_(torch.tensor([-0.5, 0.5, 1.5, 2.5]))

@@ -17,7 +17,8 @@ __all__ = ["PACTQuantizer", "SAWBQuantizer"]
 class PACTQuantizer(Quantizer):
     """Bound learned from clipped activations alone; see `lq.functional.pact_quantize`.
 
-    The authors decay the bound as they do weights; `lq` decays no scale.
+    The authors decay the bound as they do weights, and a common implementation begins with a bound of 6; `lq` decays no
+    scale, and begins with that of least squares.
 
     Source: Choi et al., PACT: Parameterized Clipping Activation for Quantized Neural Networks, 2018.
 

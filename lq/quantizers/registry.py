@@ -78,6 +78,11 @@ def _minmax(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
 
 
 def _overflow_aware(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quantizer:
+    if spec.activation is None:
+        raise ValueError(
+            "activation must not be None for oaq, got None: the sums that overflow are of integer inputs, take auto, "
+            "or quantizer='minmax'"
+        )
     return OverflowAwareQuantizer(codes, accumulator_bits=spec.accumulator_bits, **common)
 
 

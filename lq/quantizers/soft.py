@@ -38,6 +38,8 @@ class SoftQuantizer(Quantizer):
 
     slope: Tensor
 
+    softens = True
+
     def __init__(
         self,
         codes: CodeRange,

@@ -1,7 +1,7 @@
 """Swap the layers of a model for quantized ones, in place, and report what happened to each."""
 
 from lq.surgery.discover import Found, execution_order, find_layers, run_example
-from lq.surgery.norms import find_norms, follow_norms, refold
+from lq.surgery.norms import find_norms, follow_norms, follow_norms_of_run, refold
 from lq.surgery.plan import Plan, PlannedLayer, make_plan
 from lq.surgery.rebuild import caps_and_biases, rebuild, restore_parts
 from lq.surgery.report import SwapReport, SwapRow
@@ -30,6 +30,7 @@ __all__ = [
     "find_norms",
     "fit_weights",
     "follow_norms",
+    "follow_norms_of_run",
     "keep_off_fast_path",
     "layer_specs",
     "make_plan",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lq.nn import BATCH_NORMS, named_quantized_layers
 from lq.quantizers import MinMaxQuantizer
 
-__all__ = ["find_norms", "follow_norms", "refold"]
+__all__ = ["find_norms", "follow_norms", "follow_norms_of_run", "refold"]
 
 
 def find_norms(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
@@ -70,6 +70,18 @@ def follow_norms(model: nn.Module, pairs: Mapping[str, str], *, calibrate: bool 
         quantizer.follow(model.get_submodule(pairs[path]))
     if calibrate:
         refold(model)
+
+
+def follow_norms_of_run(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Find the batch norms that levels follow where a spec says ``fold_norms``, and let them follow, in place.
+
+    Args:
+        model: a quantized model.
+        run: runs the model on an example; not called where no levels follow.
+    """
+    own = (layer.weight_quantizer for layer in named_quantized_layers(model).values())
+    if any(isinstance(quantizer, MinMaxQuantizer) and quantizer.folded for quantizer in own):
+        follow_norms(model, find_norms(model, run))
 
 
 def refold(model: nn.Module) -> None:

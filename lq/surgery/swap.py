@@ -12,7 +12,7 @@ from lq.nn import QuantLayer, from_float, is_transposed, named_quantized_layers,
 from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
 from lq.spec import LayerSpec, QuantSpec
 from lq.surgery.discover import execution_order, run_example
-from lq.surgery.norms import find_norms, follow_norms
+from lq.surgery.norms import follow_norms_of_run
 from lq.surgery.plan import Plan, make_plan
 from lq.surgery.report import QUANTIZED, SKIPPED, SwapReport, SwapRow
 
@@ -65,8 +65,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, example_inpu
         run_example(model, example_input)
 
     report = apply_plan(model, make_plan(model, spec, execution_order(model, run)))
-    if any(own.fold_norms for own in layer_specs(model).values()):
-        follow_norms(model, find_norms(model, run))
+    follow_norms_of_run(model, run)
     return report
 
 

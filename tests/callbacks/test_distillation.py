@@ -192,6 +192,7 @@ class Elsewhere(Plain):
         (Plain, {"features": ["9"], **ONE}, r"got '9', which the student lacks: it has \['0', '2', '4'\]"),
         (Plain, {"features": ["2"], **ONE, "teacher": nn.Linear(8, 4)}, "got '2', which the teacher lacks: it has no"),
         (Plain, {"features": ["0"], **ONE, "teacher": NARROW}, r"features '0' of .* got \(8, 16\) and \(8, 5\): leave"),
+        (Plain, {"dim": 5}, r"dim must be one of logits \(8, 4\), got 5"),
         (Elsewhere, {}, "student 'net' must run in training_step"),
     ],
 )
@@ -210,6 +211,11 @@ def test_what_cannot_be_is_said(make, settings, message):
         ({"features": "layer1"}, r'features must be a list of paths, got .layer1.: write features=\["layer1"\]'),
         ({"weight": 0, "task_weight": 0}, "weight and task_weight must not both be 0"),
         ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"temperature": float("inf")}, "temperature must be positive, got inf"),
+        ({"temperature": "4"}, "temperature must be positive, got '4'"),
+        ({"features": [1], "feature_weight": 1.0}, r"features must be a list of paths, got \[1\]"),
+        ({"logits": 3}, "logits must be a function or None, got 3"),
+        ({"dim": "classes"}, "dim must be .* got 'classes'"),
         ({"features": ["1"]}, "features and feature_weight belong together"),
         ({"feature_weight": 1.0}, "features and feature_weight belong together"),
         ({"teacher": "resnet56.ckpt"}, "teacher must be a network .* got 'resnet56.ckpt'"),
@@ -218,6 +224,31 @@ def test_what_cannot_be_is_said(make, settings, message):
 def test_bad_settings_are_refused_at_once(settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
         lq.SelfDistillation("net", **settings)
+
+
+def test_features_can_be_learned_from_a_teacher_of_other_classes():
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 7))
+    features = {"features": ["1"], "feature_weight": 1.0, "teacher": teacher}
+    trainer = fit(module(), [lq.LearnedQuantization(**QUANTIZATION), lq.SelfDistillation("net", weight=0, **features)])
+    assert trainer.callback_metrics["lq/distillation_loss"] > 0
+    with pytest.raises(ValueError, match=r"logits of student and teacher must have one shape, got \(8, 4\) and"):
+        fit(module(), [lq.LearnedQuantization(**QUANTIZATION), lq.SelfDistillation("net", **features)])
+
+
+class Looks(Plain):
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.net(batch[0] + 1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_look_without_gradients_is_no_part_of_the_loss():
+    losses = []
+    for kind in (Plain, Looks):
+        trainer = fit(module(kind), [lq.LearnedQuantization(**SMOOTH), lq.SelfDistillation("net")])
+        losses.append(float(trainer.callback_metrics["lq/distillation_loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_losses_are_smooth_and_zero_for_equals():

@@ -144,9 +144,24 @@ def test_layers_that_compute_their_weight_are_left_alone_and_named():
     assert set(freezing.states) == {"net.0", "net.4"}  # the ends are not normalized
 
 
+def test_weights_are_not_held_at_codes_whose_scale_widens_with_their_sums():
+    oaq = {**QUANTIZATION, "quantizer": "oaq", "bits": 8, "accumulator_bits": 10, "first_last_bits": None}
+    freezing = lq.IterativeFreezing(threshold_start=0.02, momentum=0.2)
+    one = module()
+    with pytest.warns(UserWarning, match=r"scale widens while sums overflow, cannot be frozen and are left alone"):
+        fit(one, [lq.LearnedQuantization(**oaq), freezing], epochs=3)
+    assert one.net[2].weight_quantizer.range_factor > 1
+    assert not freezing.states
+    alone = module()
+    fit(alone, [lq.LearnedQuantization(**oaq)], epochs=3)
+    assert torch.equal(one.net[2].weight, alone.net[2].weight)
+
+
 def test_bad_values_are_named():
-    with pytest.raises(ValueError, match=r"threshold_end must lie above 0 and not above .*, got 0.2 and 0.1"):
+    with pytest.raises(ValueError, match=r"threshold_end must lie above 0 and not above threshold_start, 0.1, got 0.2"):
         lq.IterativeFreezing(threshold_start=0.1, threshold_end=0.2)
+    with pytest.raises(ValueError, match="threshold_start must lie above 0 and not above 1, got 'often'"):
+        lq.IterativeFreezing(threshold_start="often")
     with pytest.raises(ValueError, match="momentum must lie above 0"):
         lq.IterativeFreezing(momentum=0)
     callbacks = [lq.LearnedQuantization(**QUANTIZATION, anneal_steps=5), lq.IterativeFreezing()]

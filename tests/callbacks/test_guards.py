@@ -43,7 +43,7 @@ def test_an_average_that_starts_late_is_warned_of():
     ("settings", "message"),
     [
         ({"bits": 1}, "bits must be an integer from 2 to 8, got 1"),
-        ({"slope_start": 9.0, "slope_end": 3.0}, "slope_start must lie from 0 to slope_end, got 9.0 and 3.0"),
+        ({"slope_start": 9.0, "slope_end": 3.0}, "slope_start must lie from 0 to slope_end, 3.0, got 9.0"),
         ({"anneal_steps": 0}, "anneal_steps must be an integer of at least 1 or a fraction"),
         ({"strength_start": 1.0}, "strength_start must be an integer of at least 0, a fraction in"),
         ({"strength_start": -1}, "strength_start must be an integer of at least 0, a fraction in"),
@@ -56,6 +56,14 @@ def test_an_average_that_starts_late_is_warned_of():
         ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
         ({"strength_schedule": "step"}, "strength_schedule must be one of"),
         ({"start_rounding": "nearest"}, "start_rounding must be one of"),
+        ({"slope_end": float("nan")}, "slope_end must be a number of at least 0, got nan"),
+        ({"slope_start": "1"}, "slope_start must lie from 0 to slope_end, 16.0, got '1'"),
+        ({"anneal_steps": "all"}, "anneal_steps must be an integer of at least 1 or a fraction .*, got 'all'"),
+        ({"strength_start": "0"}, "strength_start must be an integer of at least 0, .*, got '0'"),
+        ({"strength": "1"}, "strength must not be negative, got '1'"),
+        ({"reestimate_bn": 2.5}, "reestimate_bn must be at least 0, got 2.5: use 0"),
+        ({"calibration_batches": 1.5}, "calibration_batches must be at least 1, got 1.5"),
+        ({"weight_decay_by_bits": "no"}, "weight_decay_by_bits must be True or False, got 'no'"),
         ({"hold": 100}, "hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got 100"),
         ({"log_every_n_steps": 0}, "every_n_steps must be at least 1 or None, got 0"),
     ],
@@ -79,7 +87,8 @@ def test_unknown_and_doubled_settings():
     [
         (lambda: HoldAtStep(-1), "step must not be negative, got -1"),
         (lambda: HoldAtAlignment(1.5), "threshold must be an alignment from -1 to 1, got 1.5"),
-        (lambda: HoldOnPlateau("val/acc", mode="up"), "mode must be 'min' or 'max', got 'up'"),
+        (lambda: HoldAtAlignment("high"), "threshold must be an alignment from -1 to 1, got 'high'"),
+        (lambda: HoldOnPlateau("val/acc", mode="up"), "mode must be one of .*'min', 'max'.*, got 'up'"),
         (lambda: HoldOnPlateau("val/acc", patience=-1), "patience must not be negative, got -1"),
     ],
 )

@@ -126,6 +126,8 @@ def test_bad_values_and_partners_are_named():
             ValueError, match=f"{type(callback).__name__} needs quantized layers, got a network without"
         ):
             fit(module(), [callback], loader(8, shape=SHAPE))
+    with pytest.raises(ValueError, match="until must lie between 0 and 1, got 'half'"):
+        lq.ProgressiveBits([8, 4], until="half")
     with pytest.raises(ValueError, match="until must lie between 0 and 1, got 1"):
         lq.ProgressiveBits(until=1)
     with pytest.raises(ValueError, match="calibration_batches must be at least 1, got 0"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -74,6 +74,38 @@ def test_the_last_checkpoint_holds_them_without_a_validation_loop_too(tmp_path):
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(stored["net.1.running_mean"], module.net[1].running_mean)
     assert stored["net.1.num_batches_tracked"] == 12  # re-estimated from the loader, whose batches training saw, too
+
+
+@pytest.mark.parametrize(
+    ("validation", "settings", "stopped"),
+    [
+        (False, {}, 1),
+        (True, {}, 1),
+        (True, {"check_val_every_n_epoch": 2, "max_epochs": 3}, 3),
+        (True, {"max_steps": 20, "max_epochs": -1}, 2),
+        (True, {"val_check_interval": 5}, 1),
+        (True, {"limit_val_batches": 0}, 1),
+    ],
+)
+def test_the_last_epoch_ends_with_them_wherever_validation_lies(validation, settings, stopped):
+    module = Plain(small_cnn())
+    seen = []
+
+    class Watching(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(int(pl_module.net[1].num_batches_tracked))
+
+    callbacks = [lq.LearnedQuantization(reestimate_bn=5), Watching()]
+    trainer = Trainer(**{**TRAINER, "max_epochs": 1, "callbacks": callbacks, **settings})
+    trainer.fit(module, loader(shape=SHAPE), loader(2, shape=SHAPE) if validation else None)
+    assert seen == [5] * stopped
+
+
+def test_a_second_fit_of_as_many_steps_ends_with_them_too():
+    module, callback = Plain(small_cnn()), lq.LearnedQuantization(reestimate_bn=5)
+    for _ in range(2):
+        fit(module, [callback], loader(shape=SHAPE))
+        assert module.net[1].num_batches_tracked == 5
 
 
 class Endless(IterableDataset):

@@ -264,5 +264,5 @@ def test_what_cannot_be_bounded_is_refused(fields, message):
     spec = {"quantizer": "a2q", "granularity": "channel", "normalize": True, "first_last_bits": None}
     with pytest.raises(ValueError, match=message):
         lq.quantize_model(small_cnn(), lq.QuantSpec(**{**spec, **fields}))
-    with pytest.raises(ValueError, match="accumulator_bits must lie from 8 to 32, got 40"):
+    with pytest.raises(ValueError, match="accumulator_bits must be an integer from 8 to 32, got 40"):
         LayerSpec(accumulator_bits=40)

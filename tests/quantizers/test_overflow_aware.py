@@ -127,3 +127,8 @@ def test_a_layer_compiles_without_a_graph_break():
     torch.compiler.reset()
     torch.compile(model.train(), fullgraph=True, backend="aot_eager")(x)
     assert model[0].weight_quantizer.range_factor > 1
+
+
+def test_sums_of_float_inputs_are_not_counted():
+    with pytest.raises(ValueError, match="activation must not be None for oaq, got None: .* quantizer='minmax'"):
+        lq.quantize_model(nn.Sequential(nn.Linear(8, 8)), lq.QuantSpec(quantizer="oaq", activation=None))
