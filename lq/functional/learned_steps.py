@@ -1,10 +1,14 @@
 """Levels at learned distances from each other."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lq.functional.layout import positive
+from lq.functional.layout import in_memory_order, positive
 from lq.functional.lookup import count_reached, take
+from lq.functional.points import midpoints
 
 __all__ = ["learned_step_points", "learned_step_quantize"]
 
@@ -51,12 +55,29 @@ def learned_step_quantize(x: Tensor, steps: Tensor, below: int) -> Tensor:
     >>> y.tolist(), steps.grad.tolist()  # 1 each from the 9, -1/4 from 0.25, 1/2 from the tie at 2
     ([0.0, 3.0, 3.0], [0.75, 1.5])
     """
-    levels = learned_step_points(steps, below)
-    fixed, value = levels.detach(), x.detach()
-    interval = count_reached(value, fixed[1:-1])
-    gap, low = take(positive(steps), interval), take(fixed, interval)
-    f = (value - low) / gap.detach()
-    up = (f >= 0.5).to(value.dtype)
-    near = torch.where(up > 0, take(fixed, interval + 1), low)
-    inside = x + (near - value) + (up - f) * (gap - gap.detach())
-    return torch.where(value > fixed[-1], levels[-1], torch.where(value < fixed[0], levels[0], inside))
+    return _LearnedSteps.apply(x, steps, below)
+
+
+class _LearnedSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, steps: Tensor, below: int) -> Tensor:  # type: ignore[override]
+        levels = learned_step_points(steps, below)
+        index = count_reached(x, midpoints(levels))
+        y = take(levels, index)
+        ctx.save_for_backward(x, y, index.to(torch.uint8), steps, levels)
+        ctx.below = below
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, y, index, steps, levels = ctx.saved_tensors
+        below = ctx.below
+        outside = (x < levels[0]) | (x > levels[-1])
+        # the interval of each value, 0 below all of them: that above its level, or else that under it
+        interval = index.int() + (x > y)
+        share = torch.where(outside, grad, grad * (y - x))
+        interval, share = in_memory_order(interval).reshape(-1), in_memory_order(share).reshape(-1)
+        sums = share.new_zeros(len(levels) + 1).index_add_(0, interval, share)
+        ends = torch.cat([-sums[:1].expand(below), sums[-1:].expand(len(steps) - below)])
+        return grad.masked_fill(outside, 0), (sums[1:-1] / positive(steps) + ends) * torch.sign(steps), None

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lq.functional.layout import ScaleLayout
 from lq.functional.learned_steps import learned_step_points, learned_step_quantize
 from lq.functional.levels import CodeRange
+from lq.functional.points import midpoints, nearest_point
 from lq.functional.standardize import standardize
 from lq.quantizers import APoTQuantizer, LearnedStepsQuantizer
 from lq.quantizers.learned_steps import InputLearnedStepsQuantizer
@@ -45,6 +46,27 @@ def test_steps_learn_by_the_published_gradients(count, below):
     np.testing.assert_allclose(x.grad, upstream.numpy() * [f[1] for f in found], atol=1e-12)
     expected = (upstream.numpy()[:, None] * np.stack([f[2] for f in found])).sum(0)
     np.testing.assert_allclose(steps.grad, expected, atol=1e-10)
+
+
+@given(st.integers(2, 4), st.booleans(), st.integers(0, 99))
+def test_training_sees_the_very_levels_that_are_nearest_and_ends_pass_gradients(bits, signed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    steps, below = torch.rand(2**bits - 1, generator=generator) + 0.1, 2 ** (bits - 1) * signed
+    levels = learned_step_points(steps, below)
+    x = torch.cat([torch.randn(200, generator=generator) * 2, levels, midpoints(levels)]).requires_grad_()
+    y = learned_step_quantize(x, steps, below)
+    assert torch.equal(y, levels[nearest_point(x.detach(), levels)])
+    y.sum().backward()
+    assert torch.equal(x.grad, ((x >= levels[0]) & (x <= levels[-1])).float())
+
+
+def test_steps_that_have_crossed_zero_learn_by_their_magnitude():
+    x, gradients = torch.randn(500), []
+    for sign in (1.0, -1.0):
+        steps = (torch.tensor([0.5, 0.25, 0.5]) * sign).requires_grad_()
+        learned_step_quantize(x, steps, 2).square().sum().backward()
+        gradients.append(steps.grad * sign)
+    assert torch.equal(*gradients)
 
 
 @given(st.integers(2, 4), st.integers(0, 99))
