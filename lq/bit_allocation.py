@@ -134,8 +134,7 @@ def allocate_bits(
 def _check_arguments(batches: list[Any], spec: QuantSpec, average_bits: float, widths: Sequence[int]) -> None:
     if not batches:
         raise ValueError("batches must hold at least one batch, got none: pass a few batches of training data")
-    positive = "be a positive number"
-    require_number("average_bits", average_bits, lambda v: 0 < v < math.inf, positive, "4 is usual")
+    require_number("average_bits", average_bits, lambda v: 0 < v < math.inf, "be positive", "4 is usual")
     if not isinstance(widths, Sequence) or isinstance(widths, str):
         raise ValueError(f"widths must be a list, got {widths!r}: {list(WIDTHS)} is usual")
     if not widths or len(set(widths)) != len(widths):

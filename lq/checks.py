@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 __all__ = ["require_bool", "require_integer", "require_number", "require_one_of"]
@@ -39,7 +38,7 @@ def require_bool(name: str, value: Any) -> None:
 
 
 def require_integer(
-    name: str, value: Any, least: float, most: float = math.inf, fix: str = "choose one of those", where: str = ""
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, fix: str = "choose one of those"
 ) -> None:
     """See that a value is a whole number in a range.
 
@@ -49,16 +48,15 @@ def require_integer(
         least: smallest value allowed.
         most: largest value allowed.
         fix: what to do instead.
-        where: the range in words, after "must"; by default its bounds.
 
     Raises:
         ValueError: for another value.
 
     >>> require_integer("bits", 4, 2, 8)
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
-        bounds = f"be at least {least}" if most == math.inf else f"be an integer from {least} to {most}"
-        raise ValueError(f"{name} must {where or bounds}, got {value!r}: {fix}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        bounds = f" from {least} to {most}" if most < math.inf else f" of at least {least}" if least > -math.inf else ""
+        raise ValueError(f"{name} must be an integer{bounds}, got {value!r}: {fix}")
 
 
 def require_number(name: str, value: Any, inside: Callable[[float], bool], where: str, fix: str) -> None:
@@ -76,5 +74,7 @@ def require_number(name: str, value: Any, inside: Callable[[float], bool], where
 
     >>> require_number("until", 0.3, lambda v: 0 < v < 1, "lie between 0 and 1", "0.5 is usual")
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not inside(float(value)):
-        raise ValueError(f"{name} must {where}, got {value!r}: {fix}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not inside(value):
+        kind = "" if number else "be a number and "
+        raise ValueError(f"{name} must {kind}{where}, got {value!r}: {fix}")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from lq.checks import require_integer, require_number, require_one_of
+from lq.checks import require_bool, require_integer, require_number, require_one_of
 from lq.spec import QuantSpec
 
 __all__ = ["IMPORTANCES", "ROUNDINGS", "SearchSpec"]
@@ -65,9 +65,12 @@ class SearchSpec(QuantSpec):
         for name, allowed in (("importance", IMPORTANCES), ("rounding", ROUNDINGS)):
             require_one_of(name, getattr(self, name), allowed)
         for name, least in (("reconstruct", 0), ("reconstruct_batch_size", 1)):
-            fix, where = "choose such a number", f"be an integer from {least}"
-            require_integer(name, getattr(self, name), least, fix=fix, where=where)
-        for name, value in {"reconstruct_lr": self.reconstruct_lr or 0.0, "scale_lr": self.scale_lr}.items():
+            require_integer(name, getattr(self, name), least, fix="choose such a number")
+        require_integer("search_seed", self.search_seed, fix="0 is usual")
+        for name in ("fold_batch_norm", "equalize", "bias_correction", "reference"):
+            require_bool(name, getattr(self, name))
+        chosen = 0.0 if self.reconstruct_lr is None else self.reconstruct_lr
+        for name, value in {"reconstruct_lr": chosen, "scale_lr": self.scale_lr}.items():
             require_number(name, value, lambda v: 0 <= v < math.inf, "not be negative", "try 1e-2 or 1e-3")
         if self.normalize:
             raise ValueError(

@@ -138,8 +138,7 @@ class LayerSpec:
             require_one_of(name, getattr(self, name), (None, True, False))
         if self.levels is not None and self.quantizer in _BY_WIDTH:
             raise ValueError(
-                f"levels must be None for quantizer={self.quantizer!r}, got {self.levels}: its points fill a width, "
-                "give bits"
+                f"levels must be None for quantizer={self.quantizer!r}, got {self.levels}: give bits instead"
             )
         if self.fold_norms and (self.quantizer != "minmax" or self.granularity != "tensor"):
             raise ValueError(
@@ -239,7 +238,10 @@ class QuantSpec(LayerSpec):
             _require_bits("first_last_bits", self.first_last_bits)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, globs(name, getattr(self, name)))
-        for pattern, changes in (given := dict(self.overrides or {})).items():
+        given = self.overrides or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"overrides must hold fields by glob, got {given!r}: such as {{'head': {{'bits': 8}}}}")
+        for pattern, changes in given.items():
             if not isinstance(changes, Mapping):
                 raise ValueError(
                     f"overrides[{pattern!r}] must hold fields by name, got {changes!r}: such as {{'bits': 8}}"

@@ -110,7 +110,7 @@ def test_bad_input_names_what_is_possible(network):
     with pytest.raises(ValueError, match="no layer is free to choose"):
         lq.allocate_bits(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)], average_bits=8, progress=False)
     for budget in (float("nan"), float("inf"), -1, "3"):
-        with pytest.raises(ValueError, match=f"average_bits must be a positive number, got {budget!r}"):
+        with pytest.raises(ValueError, match=f"average_bits must .*be positive, got {budget!r}"):
             lq.allocate_bits(model, batches, average_bits=budget)
     with pytest.raises(ValueError, match="widths must be a list, got 5"):
         lq.allocate_bits(model, batches, average_bits=4, widths=5)

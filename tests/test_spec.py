@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from torch import nn
 
@@ -26,7 +27,7 @@ from lq.spec import LAYER_FIELDS, LayerSpec
         ("staircase", "sine", "staircase must be one of .* got 'sine'"),
         ("slope_backward_max", 0, "slope_backward_max must be positive or None, got 0"),
         ("include", "layer1.*", r"include must be a list of globs or None, got 'layer1.\*': write include"),
-        ("slope_backward_max", "1", "slope_backward_max must be positive or None, got '1'"),
+        ("slope_backward_max", "1", "slope_backward_max must be a number and be positive or None, got '1'"),
         ("accumulator_bits", 16.5, "accumulator_bits must be an integer from 8 to 32, got 16.5"),
         ("gradient_scale", "no", "gradient_scale must be True or False, got 'no'"),
         ("signed_points", 1, "signed_points must be True or False, got 1"),
@@ -34,7 +35,9 @@ from lq.spec import LAYER_FIELDS, LayerSpec
         ("normalize", "no", "normalize must be one of .*None, True, False.* got 'no'"),
         ("candidates", 5, "candidates must be one of .* or a list of magnitudes, got 5"),
         ("activation_candidates", ["a"], "activation_candidates must be one of .* or a list of magnitudes, got .'a'."),
-        ("words", "2", "words must be at least 1, got '2'"),
+        ("words", "2", "words must be an integer of at least 1, got '2'"),
+        ("activation_bits", np.int64(4), "activation_bits must be an integer from 2 to 8, got .*4"),
+        ("overrides", [1], r"overrides must hold fields by glob, got \[1\]: such as"),
         ("overrides", {"a": 3}, r"overrides\['a'\] must hold fields by name, got 3: such as"),
         ("overrides", {"a": {"bit": 3}}, r"overrides\['a'\] key must be one of .* got 'bit'"),
         ("overrides", {"a": {"bits": 11}}, "bits must be an integer from 2 to 8, got 11"),
@@ -47,7 +50,7 @@ def test_bad_values_name_field_value_and_fix(field, value, message):
 
 @pytest.mark.parametrize("quantizer", ["subset", "codebook", "apot", "log2", "dlq", "nulsq"])
 def test_points_fill_a_width(quantizer):
-    with pytest.raises(ValueError, match=f"levels must be None for quantizer='{quantizer}', got 3: .* give bits"):
+    with pytest.raises(ValueError, match=f"levels must be None for quantizer='{quantizer}', got 3: give bits instead"):
         QuantSpec(quantizer=quantizer, levels=3)
     with pytest.raises(ValueError, match=f"levels must be None for quantizer='{quantizer}'"):
         QuantSpec(levels=15, overrides={"a": {"quantizer": quantizer}})

@@ -26,7 +26,7 @@ class SelfDistillation(Callback):
 
     The teacher is a copy of the student in float, taken before the first step and before a checkpoint is loaded: it is
     in evaluation mode, gets no gradients, and is part of neither the module nor its checkpoints. It sees whatever the
-    student sees in ``training_step``.
+    student sees with gradients in ``training_step``.
 
     Args:
         student: path of the network in the module, such as "model".
@@ -43,7 +43,7 @@ class SelfDistillation(Callback):
     Raises:
         ValueError: for a weight that is negative or no number, weights that leave no loss, a temperature that is not
             positive, or features without a weight.
-        TypeError: for a teacher that is not a network.
+        TypeError: for a teacher that is not a network, or logits that are no function.
 
     Source: Hinton et al. 2015; with the float copy as teacher, Esser et al., ICLR 2020, section 3.5.
 
@@ -68,16 +68,18 @@ class SelfDistillation(Callback):
         """Validate; nothing is touched before `setup`."""
         super().__init__()
         for name, value in {"weight": weight, "task_weight": task_weight, "feature_weight": feature_weight}.items():
-            finite, off = "be a finite number and not negative", "1 is usual, 0 switches it off"
+            finite, off = "be finite and not negative", "1 is usual, 0 switches it off"
             require_number(name, value, lambda v: 0 <= v < math.inf, finite, off)
         if not (weight or task_weight or feature_weight):
             raise ValueError("weight and task_weight must not both be 0, which leaves no loss: set weight=1")
         require_number("temperature", temperature, lambda v: 0 < v < math.inf, "be positive", "4 is usual")
-        if isinstance(features, str) or not all(isinstance(path, str) for path in features):
-            raise ValueError(f'features must be a list of paths, got {features!r}: write features=["layer1"]')
+        listed = isinstance(features, Sequence) and not isinstance(features, str)
+        if not listed or not all(isinstance(path, str) for path in features):
+            example = features if isinstance(features, str) else "layer1"
+            raise ValueError(f'features must be a list of paths, got {features!r}: write features=["{example}"]')
         if not (logits is None or callable(logits)):
             raise TypeError(f"logits must be a function or None, got {logits!r}: give one that takes what is returned")
-        require_integer("dim", dim, -math.inf, fix="1 is usual")
+        require_integer("dim", dim, fix="1 is usual")
         if bool(features) != (feature_weight > 0):
             raise ValueError(
                 f"features and feature_weight belong together, got {list(features)} and {feature_weight}: give both"
@@ -233,7 +235,9 @@ class SelfDistillation(Callback):
         if returned is None or not torch.is_grad_enabled():
             return returned
         if not self._terms:
-            raise ValueError(f"student {self.student!r} must run in training_step, it did not: name the part that does")
+            raise ValueError(
+                f"student {self.student!r} must run in training_step with gradients, it did not: name what does"
+            )
         term = torch.stack(self._terms).mean()
         pl_module.log(metric("distillation_loss"), term.detach())
         loss = returned["loss"] if isinstance(returned, dict) else returned

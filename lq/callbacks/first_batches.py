@@ -16,6 +16,7 @@ from lq.point_search.inputs import hessians, with_patches
 from lq.point_search.rounding import feed_back, obstacles
 from lq.spec import QuantSpec
 from lq.surgery import (
+    any_folded,
     dequantize_model,
     execution_order,
     find_norms,
@@ -153,7 +154,7 @@ def follow_norms_on_training_batch(trainer: Any, pl_module: Any, forward: Forwar
         forward: the user's way to run the module on a batch, or None.
         calibrate: whether to set those scales anew.
     """
-    if not any(spec.fold_norms for spec in layer_specs(pl_module).values()):
+    if not any_folded(pl_module):
         return
     twin, run = shadow(trainer, pl_module, forward)
     with training_batches(trainer, 1) as batches, torch.no_grad():

@@ -19,7 +19,7 @@ class HoldAtStep:
 
     def __post_init__(self) -> None:
         """Validate."""
-        require_integer("step", self.step, 0, fix="count optimizer steps from 0", where="not be negative")
+        require_integer("step", self.step, 0, fix="count optimizer steps from 0")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class HoldOnPlateau:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("mode", self.mode, ("min", "max"), "use 'max' for accuracy, 'min' for loss")
-        require_integer("patience", self.patience, 0, fix="count validations from 0", where="not be negative")
+        require_integer("patience", self.patience, 0, fix="count validations from 0")
 
 
 Hold = HoldAtStep | HoldAtAlignment | HoldOnPlateau

@@ -100,12 +100,11 @@ class LearnedQuantization(Callback):
         self._rules: list[GroupRules] = []
         self._collapsed_at_start: frozenset[str] = frozenset()
         self._fresh: list[Any] = []  # layers that a fit has not begun with yet
-        self._stepped = self._started = False
+        self._stepped = self._started = self._drifted = False
         self._order: list[str] | None = None
         self._norms: list[str] | None = None  # those that train
         self._regularizer: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
-        self._reestimated: int | None = None  # optimizer steps taken when batch norms were last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the layers, or arrange that layers which the module builds later are swapped when they exist."""
@@ -115,7 +114,7 @@ class LearnedQuantization(Callback):
             warn_of_late_averaging(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
             self.annealing = Annealing(self.anneal)
             self.tracker.restart()
-            self._regularizer = self._loss = self._norms = self._reestimated = None
+            self._regularizer = self._loss = self._norms = None
         restore = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -180,7 +179,7 @@ class LearnedQuantization(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the slope of this step."""
         set_slope(pl_module, self.annealing.slope)
-        self._stepped = False
+        self._stepped, self._drifted = False, True  # a batch moves the statistics of batch norms
         if batch_idx == 0 or self._norms is None:  # a resume may begin in the middle of an epoch
             self._norms = training_norms(pl_module)
 
@@ -227,7 +226,7 @@ class LearnedQuantization(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to anneal by steps that nobody reports; re-estimate batch norms where no validation has since."""
         check_stepped(self.annealing.step)
-        if self._reestimated != self.annealing.step:
+        if self._drifted:
             self._reestimate(trainer, pl_module)
 
     def on_validation_batch_start(
@@ -238,7 +237,7 @@ class LearnedQuantization(Callback):
             self._reestimate(trainer, pl_module)
 
     def _reestimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        count, forward, self._reestimated = self.anneal.reestimate_bn, self.calibration_forward, self.annealing.step
+        count, forward, self._drifted = self.anneal.reestimate_bn, self.calibration_forward, False
         reestimate_on_training_batches(trainer, pl_module, count, forward, self._norms or ())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

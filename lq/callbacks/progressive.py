@@ -64,8 +64,8 @@ class ProgressiveBits(StepCounter):
             LayerSpec(bits=width)  # complains
         if not bits or list(bits) != sorted(set(bits), reverse=True):
             raise ValueError(f"bits must fall from stage to stage, got {list(bits)}: try [8, 4]")
-        half = "0.5 leaves half of it to the last width"
-        require_number("until", until, lambda v: 0 < v < 1, "lie between 0 and 1", half)
+        fix = "0.5 leaves half of it to the last width"
+        require_number("until", until, lambda v: 0 < v < 1, "lie between 0 and 1", fix)
         require_integer("calibration_batches", calibration_batches, 1, fix="try 4")
         self.bits, self.until = tuple(bits), until
         self.calibration_batches, self.calibration_forward = calibration_batches, calibration_forward

@@ -29,8 +29,9 @@ def check_regularizer(model: nn.Module, spec: AnnealSpec) -> None:
     if not any(kind.softens for kind in kinds):
         names = sorted(kind.__name__ for kind in kinds)
         raise ValueError(
-            f"regularizer_on must be 'latent' for weights that training sees rounded, got {spec.regularizer_on!r} with "
-            f"{', '.join(names)}: a level is no distance from itself. Use 'latent', or quantizer='soft'"
+            f"regularizer_on must be 'latent' for weight quantizers without a soft staircase, got "
+            f"{spec.regularizer_on!r} with {', '.join(names)}: what they make of a weight is on a level already. Use "
+            "'latent', or quantizer='soft'"
         )
 
 
@@ -48,7 +49,10 @@ def add_regularizer(
     Returns:
         The regularizer without the factor, or None where nothing of it learns here.
     """
-    candidates = {id(p) for layer in named_quantized_layers(model).values() for p in layer.parameters()}
+    layers = named_quantized_layers(model).values()
+    candidates = {id(p) for layer in layers for p in layer.parameters()}
+    if not spec.regularizer_scale_gradient:
+        candidates -= {id(p) for layer in layers for p in layer.weight_quantizer.parameters()}
     params = [p for group in groups for p in group["params"] if id(p) in candidates and p.requires_grad]
     if not params:
         return None

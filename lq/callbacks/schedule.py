@@ -42,7 +42,8 @@ class AnnealSpec:
             that those not yet rounded make up for the error of those that are: a lower loss at first, though no more
             accuracy in the end where it was measured. None leaves the weights as they are.
         reestimate_bn: training batches that re-estimate batch-norm statistics before each validation, and at the end of
-            an epoch whose last steps none follows, 0 for none; networks without batch norms pay nothing.
+            an epoch whose last batches none follows, 0 for none; networks without batch norms pay nothing. Averaged
+            weights have them only from a validation.
 
     Raises:
         ValueError: naming the field, the value got, the values allowed and the fix.

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lq.checks import require_integer
 from lq.functional import LevelStatistics
 from lq.nn import named_quantized_layers
 from lq.surgery import SwapReport
@@ -34,8 +35,8 @@ class QuantizationTracker(Callback):
     def __init__(self, every_n_steps: int | None = None, layers: bool = True) -> None:
         """Remember the settings."""
         super().__init__()
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1 or None, got {every_n_steps}: try 50")
+        if every_n_steps is not None:
+            require_integer("every_n_steps", every_n_steps, 1, fix="try 50, or None")
         self.every_n_steps = every_n_steps
         self.layers = layers
         self._logged_at = -1

@@ -63,7 +63,7 @@ class _LearnedSteps(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, steps: Tensor, below: int) -> Tensor:  # type: ignore[override]
         levels = learned_step_points(steps, below)
         index = count_reached(x, midpoints(levels))
-        y = take(levels, index)
+        y = torch.where(x == x, take(levels, index), x)  # NaN stays, so that it is found
         ctx.save_for_backward(x, y, index.to(torch.uint8), steps, levels)
         ctx.below = below
         return y
@@ -77,6 +77,8 @@ class _LearnedSteps(torch.autograd.Function):
         # the interval of each value, 0 below all of them: that above its level, or else that under it
         interval = index.int() + (x > y)
         share = torch.where(outside, grad, grad * (y - x))
+        if interval.stride() != share.stride():  # the gradient may lie otherwise than the values
+            interval, share = interval.contiguous(), share.contiguous()
         interval, share = in_memory_order(interval).reshape(-1), in_memory_order(share).reshape(-1)
         sums = share.new_zeros(len(levels) + 1).index_add_(0, interval, share)
         ends = torch.cat([-sums[:1].expand(below), sums[-1:].expand(len(steps) - below)])

@@ -61,7 +61,9 @@ def _compared(u: Tensor, thresholds: Tensor) -> Tensor:
             count += u >= column
         return count.long()
     if thresholds.dim() == 1:
-        return torch.bucketize(u, thresholds, right=True)
+        lying = in_memory_order(u)  # what is found lies as it was searched
+        found = torch.bucketize(lying, thresholds, right=True)
+        return found if lying is u else found.permute(0, 3, 1, 2)
     return torch.searchsorted(thresholds.contiguous(), u.contiguous(), right=True)
 
 

@@ -55,4 +55,5 @@ class DSQQuantizer(Quantizer):
         return dsq_quantize(x, scale, alpha, gradient_scale=gradient_scale, **self.codes._asdict())
 
     def _softened(self, view: Tensor, scale: Tensor) -> Tensor:
-        return dsq_soft(view, scale, self.alpha.to(view.dtype), **self.codes._asdict())
+        shape = self.alpha.detach().to(view.dtype)  # no regularizer shall sharpen it in place of moving weights
+        return dsq_soft(view, scale, shape, **self.codes._asdict())

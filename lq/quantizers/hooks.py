@@ -11,7 +11,7 @@ class QuantizerHooks(nn.Module):
     """Base of `Quantizer`: what layers, callbacks and exporters call, and what happens where a method has no answer.
 
     Attributes:
-        watches_sums: whether `see_sums_` wants to see the layer's sums in training.
+        watches_sums: whether `see_sums_` wants to see the layer's sums in training, and the scale changes with them.
         softens: whether training sees values between levels, or would if it did not round.
         shifts: whether levels begin at an offset: codes are unsigned whatever the values, and zero may be no level.
     """

@@ -1,7 +1,7 @@
 """Swap the layers of a model for quantized ones, in place, and report what happened to each."""
 
 from lq.surgery.discover import Found, execution_order, find_layers, run_example
-from lq.surgery.norms import find_norms, follow_norms, follow_norms_of_run, refold
+from lq.surgery.norms import any_folded, find_norms, follow_norms, follow_norms_of_run, refold
 from lq.surgery.plan import Plan, PlannedLayer, make_plan
 from lq.surgery.rebuild import caps_and_biases, rebuild, restore_parts
 from lq.surgery.report import SwapReport, SwapRow
@@ -22,6 +22,7 @@ __all__ = [
     "PlannedLayer",
     "SwapReport",
     "SwapRow",
+    "any_folded",
     "apply_plan",
     "caps_and_biases",
     "dequantize_model",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lq.nn import BATCH_NORMS, named_quantized_layers
 from lq.quantizers import MinMaxQuantizer
 
-__all__ = ["find_norms", "follow_norms", "follow_norms_of_run", "refold"]
+__all__ = ["any_folded", "find_norms", "follow_norms", "follow_norms_of_run", "refold"]
 
 
 def find_norms(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
@@ -79,9 +79,14 @@ def follow_norms_of_run(model: nn.Module, run: Callable[[], Any]) -> None:
         model: a quantized model.
         run: runs the model on an example; not called where no levels follow.
     """
-    own = (layer.weight_quantizer for layer in named_quantized_layers(model).values())
-    if any(isinstance(quantizer, MinMaxQuantizer) and quantizer.folded for quantizer in own):
+    if any_folded(model):
         follow_norms(model, find_norms(model, run))
+
+
+def any_folded(model: nn.Module) -> bool:
+    """Whether the spec of some layer says ``fold_norms``."""
+    own = (layer.weight_quantizer for layer in named_quantized_layers(model).values())
+    return any(isinstance(quantizer, MinMaxQuantizer) and quantizer.folded for quantizer in own)
 
 
 def refold(model: nn.Module) -> None:

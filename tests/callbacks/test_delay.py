@@ -85,7 +85,7 @@ def test_a_fit_that_ends_before_its_time_is_named():
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="until must lie between 0 and 1, got 1"):
         lq.DelayedActivations(until=1)
-    with pytest.raises(ValueError, match="calibration_batches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="calibration_batches must be an integer of at least 1, got 0"):
         lq.DelayedActivations(calibration_batches=0)
     averaging = EMAWeightAveraging()
     callbacks = [lq.LearnedQuantization(bits=3, calibration_batches=2), averaging, lq.DelayedActivations()]

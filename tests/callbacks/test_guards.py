@@ -53,19 +53,22 @@ def test_an_average_that_starts_late_is_warned_of():
         ({"strength": -1.0}, "strength must not be negative, got -1.0: use 0"),
         ({"strength": float("nan")}, "strength must not be negative, got nan"),
         ({"scale_lr_factor": -0.1}, "scale_lr_factor must not be negative"),
-        ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
+        ({"calibration_batches": 0}, "calibration_batches must be an integer of at least 1, got 0"),
         ({"strength_schedule": "step"}, "strength_schedule must be one of"),
         ({"start_rounding": "nearest"}, "start_rounding must be one of"),
         ({"slope_end": float("nan")}, "slope_end must be a number of at least 0, got nan"),
-        ({"slope_start": "1"}, "slope_start must lie from 0 to slope_end, 16.0, got '1'"),
-        ({"anneal_steps": "all"}, "anneal_steps must be an integer of at least 1 or a fraction .*, got 'all'"),
-        ({"strength_start": "0"}, "strength_start must be an integer of at least 0, .*, got '0'"),
-        ({"strength": "1"}, "strength must not be negative, got '1'"),
-        ({"reestimate_bn": 2.5}, "reestimate_bn must be at least 0, got 2.5: use 0"),
-        ({"calibration_batches": 1.5}, "calibration_batches must be at least 1, got 1.5"),
+        ({"slope_start": "1"}, "slope_start must be a number and lie from 0 to slope_end, 16.0, got '1'"),
+        (
+            {"anneal_steps": "all"},
+            "anneal_steps must be a number and be an integer .*, got 'all'",
+        ),
+        ({"strength_start": "0"}, "strength_start must be a number and be an integer of at least 0, .*, got '0'"),
+        ({"strength": "1"}, "strength must be a number and not be negative, got '1'"),
+        ({"reestimate_bn": 2.5}, "reestimate_bn must be an integer of at least 0, got 2.5: use 0"),
+        ({"calibration_batches": 1.5}, "calibration_batches must be an integer of at least 1, got 1.5"),
         ({"weight_decay_by_bits": "no"}, "weight_decay_by_bits must be True or False, got 'no'"),
         ({"hold": 100}, "hold must be HoldAtStep, HoldAtAlignment, HoldOnPlateau or None, got 100"),
-        ({"log_every_n_steps": 0}, "every_n_steps must be at least 1 or None, got 0"),
+        ({"log_every_n_steps": 0}, "every_n_steps must be an integer of at least 1, got 0: try 50, or None"),
     ],
 )
 def test_bad_settings_name_field_value_and_fix(settings, message):
@@ -85,11 +88,11 @@ def test_unknown_and_doubled_settings():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: HoldAtStep(-1), "step must not be negative, got -1"),
+        (lambda: HoldAtStep(-1), "step must be an integer of at least 0, got -1"),
         (lambda: HoldAtAlignment(1.5), "threshold must be an alignment from -1 to 1, got 1.5"),
-        (lambda: HoldAtAlignment("high"), "threshold must be an alignment from -1 to 1, got 'high'"),
+        (lambda: HoldAtAlignment("high"), "threshold must be a number and be an alignment from -1 to 1, got 'high'"),
         (lambda: HoldOnPlateau("val/acc", mode="up"), "mode must be one of .*'min', 'max'.*, got 'up'"),
-        (lambda: HoldOnPlateau("val/acc", patience=-1), "patience must not be negative, got -1"),
+        (lambda: HoldOnPlateau("val/acc", patience=-1), "patience must be an integer of at least 0, got -1"),
     ],
 )
 def test_bad_hold_criteria(make, message):

@@ -126,11 +126,11 @@ def test_bad_values_and_partners_are_named():
             ValueError, match=f"{type(callback).__name__} needs quantized layers, got a network without"
         ):
             fit(module(), [callback], loader(8, shape=SHAPE))
-    with pytest.raises(ValueError, match="until must lie between 0 and 1, got 'half'"):
+    with pytest.raises(ValueError, match="until must be a number and lie between 0 and 1, got 'half'"):
         lq.ProgressiveBits([8, 4], until="half")
     with pytest.raises(ValueError, match="until must lie between 0 and 1, got 1"):
         lq.ProgressiveBits(until=1)
-    with pytest.raises(ValueError, match="calibration_batches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="calibration_batches must be an integer of at least 1, got 0"):
         lq.ProgressiveBits(calibration_batches=0)
     for callbacks, changes, message in (
         ([lq.LearnedQuantization(**QUANTIZATION), EMAWeightAveraging()], {}, "cannot change the widths of averaged"),

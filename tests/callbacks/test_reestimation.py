@@ -101,6 +101,20 @@ def test_the_last_epoch_ends_with_them_wherever_validation_lies(validation, sett
     assert seen == [5] * stopped
 
 
+def test_batches_without_a_step_move_statistics_too():
+    class Skips(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx < 8 else None
+
+    module = Skips(small_cnn())
+    trainer = Trainer(
+        **TRAINER, max_epochs=1, val_check_interval=8, callbacks=[lq.LearnedQuantization(reestimate_bn=5)]
+    )
+    trainer.fit(module, loader(shape=SHAPE), loader(2, shape=SHAPE))
+    assert module.net[1].num_batches_tracked == 5
+
+
 def test_a_second_fit_of_as_many_steps_ends_with_them_too():
     module, callback = Plain(small_cnn()), lq.LearnedQuantization(reestimate_bn=5)
     for _ in range(2):

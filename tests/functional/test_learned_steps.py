@@ -60,6 +60,29 @@ def test_training_sees_the_very_levels_that_are_nearest_and_ends_pass_gradients(
     assert torch.equal(x.grad, ((x >= levels[0]) & (x <= levels[-1])).float())
 
 
+@pytest.mark.parametrize("bits", [3, 6, 8])  # more than 32 thresholds are searched, not compared
+@pytest.mark.parametrize("grad_format", [torch.contiguous_format, torch.channels_last])
+def test_images_learn_the_same_however_they_lie(bits, grad_format):
+    generator = torch.Generator().manual_seed(bits)
+    images, upstream = (torch.randn(2, 3, 5, 6, generator=generator) for _ in range(2))
+    gradients = []
+    for x, grad in (
+        (images, upstream),
+        (images.contiguous(memory_format=torch.channels_last), upstream.contiguous(memory_format=grad_format)),
+    ):
+        steps = torch.full((2**bits - 1,), 3 / 2**bits).requires_grad_()
+        y = learned_step_quantize(x, steps, 2 ** (bits - 1))
+        assert y.stride() == x.stride()
+        y.backward(grad)
+        gradients.append(steps.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_is_no_number_stays_none():
+    y = learned_step_quantize(torch.tensor([torch.nan, 1.0, torch.inf]), torch.ones(3), 0)
+    assert y.isnan().tolist() == [True, False, False]
+
+
 def test_steps_that_have_crossed_zero_learn_by_their_magnitude():
     x, gradients = torch.randn(500), []
     for sign in (1.0, -1.0):

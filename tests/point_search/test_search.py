@@ -265,7 +265,10 @@ def test_bad_weights_are_refused_by_layer():
     [
         ({"importance": "hessian"}, r"importance must be one of \(None, 'inputs', 'fisher'\), got 'hessian'"),
         ({"rounding": "up"}, "rounding must be one of"),
-        ({"reconstruct": -1}, "reconstruct must be an integer from 0"),
+        ({"reconstruct": -1}, "reconstruct must be an integer of at least 0"),
+        ({"equalize": "no"}, "equalize must be True or False, got 'no'"),
+        ({"search_seed": "a"}, "search_seed must be an integer, got 'a'"),
+        ({"reconstruct_lr": ""}, "reconstruct_lr must be a number and not be negative, got ''"),
         ({"reconstruct_lr": -1.0}, "reconstruct_lr must not be negative"),
         ({"drop": 1.0}, "drop must lie from 0 to below 1"),
         ({"bits": 6}, "candidates must be at least as many as the points chosen"),
