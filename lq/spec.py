@@ -7,7 +7,7 @@ from typing import Any
 
 from lq.checks import require_bool, require_integer, require_number, require_one_of
 from lq.functional.candidates import CANDIDATE_SETS, choices
-from lq.functional.levels import GRIDS, MAX_BITS, MIN_BITS, CodeRange, code_range
+from lq.functional.levels import GRIDS, CodeRange, code_range, require_bits
 from lq.functional.scale import SCALE_INITS
 from lq.functional.soft import STAIRCASES
 from lq.globs import globs, matches
@@ -32,10 +32,6 @@ def _candidates(name: str, value: Any) -> str | tuple[float, ...]:
         raise ValueError(
             f"{name} must be one of {CANDIDATE_SETS} or a list of magnitudes, got {value!r}: choose one"
         ) from error
-
-
-def _require_bits(name: str, value: Any) -> None:
-    require_integer(name, value, MIN_BITS, MAX_BITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +113,9 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         """Validate every field."""
-        _require_bits("bits", self.bits)
+        require_bits("bits", self.bits)
         if self.activation_bits != "same":
-            _require_bits("activation_bits", self.activation_bits)
+            require_bits("activation_bits", self.activation_bits)
         require_one_of("activation", self.activation, ACTIVATIONS)
         require_one_of("granularity", self.granularity, GRANULARITIES)
         require_one_of("forward", self.forward, FORWARDS)
@@ -235,7 +231,7 @@ class QuantSpec(LayerSpec):
         """Validate every field, overrides included, and store plain copies of the containers."""
         super().__post_init__()
         if self.first_last_bits is not None:
-            _require_bits("first_last_bits", self.first_last_bits)
+            require_bits("first_last_bits", self.first_last_bits)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, globs(name, getattr(self, name)))
         given = self.overrides or {}

@@ -17,7 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["GRIDS", "MAX_BITS", "MIN_BITS", "CodeRange", "bits_for_levels", "code_range", "level_values"]
+from lq.checks import require_integer
+
+__all__ = [
+    "GRIDS",
+    "MAX_BITS",
+    "MIN_BITS",
+    "CodeRange",
+    "bits_for_levels",
+    "code_range",
+    "level_values",
+    "require_bits",
+]
 
 GRIDS = ("mid_tread", "mid_rise", "full_range")
 MIN_BITS, MAX_BITS = 2, 8
@@ -44,6 +55,19 @@ class CodeRange(NamedTuple):
     def largest(self) -> float:
         """Largest level in steps, ``hi + offset``."""
         return self.hi + self.offset
+
+
+def require_bits(name: str, value: object) -> None:
+    """See that a value is the width of a code.
+
+    Args:
+        name: of the setting.
+        value: what was given.
+
+    Raises:
+        ValueError: for anything but an integer from 2 to 8.
+    """
+    require_integer(name, value, MIN_BITS, MAX_BITS)
 
 
 def bits_for_levels(levels: int) -> int:
@@ -86,8 +110,7 @@ def code_range(bits: int, *, levels: int | None = None, grid: str = "mid_tread",
     """
     if grid not in GRIDS:
         raise ValueError(f"grid must be one of {GRIDS}, got {grid!r}: choose 'mid_tread' for levels that include zero")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}: choose one of those")
+    require_bits("bits", bits)
     if not signed:
         return CodeRange(0, 2**bits - 1, 0.0)
     count = (2**bits - 1 if grid == "mid_tread" else 2**bits) if levels is None else levels
@@ -99,8 +122,7 @@ def code_range(bits: int, *, levels: int | None = None, grid: str = "mid_tread",
 
 
 def _check_levels(levels: int, grid: str) -> None:
-    if isinstance(levels, bool) or not isinstance(levels, int) or not 3 <= levels <= 2**MAX_BITS:
-        raise ValueError(f"levels must be an integer from 3 to {2**MAX_BITS}, got {levels!r}: choose one of those")
+    require_integer("levels", levels, 3, 2**MAX_BITS)
     odd = levels % 2 == 1
     if odd != (grid == "mid_tread"):
         parity = f"even for grid={grid!r}" if odd else "odd for grid='mid_tread' (zero and pairs around it)"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lq.functional.layout import ScaleLayout
-from lq.functional.levels import MAX_BITS, MIN_BITS
+from lq.functional.levels import require_bits
 from lq.functional.points import decode_points, encode_points
 from lq.functional.scale_search import candidate_problem, search_rows
 
@@ -122,8 +122,7 @@ def search_subset(
 def _check(weight: Tensor, bits: int, power: int, importance: Tensor | None, scales: Tensor | None) -> None:
     if not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"weight must hold floating point numbers, got {weight.dtype} of shape {tuple(weight.shape)}")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}: choose one of those")
+    require_bits("bits", bits)
     if power not in (2, 4):
         raise ValueError(f"power must be 2 or 4, got {power!r}: choose one of those")
     if not bool(torch.isfinite(weight).all()):
