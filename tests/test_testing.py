@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lq
-from lq.cli.quantizers import table
+from lq.cli.quantizers import details, table
 from lq.quantizers import REGISTRY, LSQQuantizer, Method, find_method, method_names
 from lq.spec import LayerSpec
 from lq.testing import check_quantizer
@@ -173,6 +173,30 @@ def test_a_package_that_is_broken_does_not_hide_the_others(package):
     text = table()
     assert "cannot be loaded: ValueError" in next(line for line in text.splitlines() if line.startswith("wrong"))
     assert "like lsq" in text
+
+
+def test_the_command_shows_what_one_heeds(tmp_path):
+    done = command("quantizers", "pact", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    fields = [
+        line.split()[0] for line in done.stdout.split("Fields that it heeds:")[1].splitlines() if line[2:3].strip()
+    ]
+    assert fields == [
+        *("bits", "activation_bits", "activation", "levels", "grid"),
+        "granularity",
+        "scale_init",
+        "normalize",
+    ]
+    unknown = command("quantizers", "pakt", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert "got 'pakt': choose one of those" in unknown.stderr
+
+
+def test_a_package_says_what_its_method_heeds_or_that_it_does_not_say(package):
+    assert "It does not say which other fields it heeds." in details("mine")
+    assert "forward" not in details("mine")
+    with pytest.raises(ValueError, match="options of a Method must be one of"):
+        Method(None, None, "wrong", options=("fordward",))
 
 
 def test_the_command_lists_them_all(tmp_path):

@@ -1,12 +1,15 @@
-"""``lq quantizers``: the methods there are."""
+"""``lq quantizers``: the methods there are, and what one heeds."""
 
 import argparse
 from collections.abc import Sequence
 
-from lq.quantizers import find_method, method_names
+from lq.cli.fields import field_lines
+from lq.cli.schema import schema
+from lq.quantizers import REGISTRY, Method, find_method, method_names
+from lq.spec import LAYER_FIELDS, LayerSpec
 from lq.text import format_table
 
-__all__ = ["main", "table"]
+__all__ = ["details", "main", "table"]
 
 
 def table() -> str:
@@ -22,17 +25,50 @@ def table() -> str:
         except Exception as error:  # whatever an installed package raises must not hide the others
             rows.append((name, "", f"cannot be loaded: {type(error).__name__}: {error}", "", ""))
             continue
-        low, high = method.bits
-        rows.append((name, f"{low}-{high}", method.summary, method.learned, method.source))
+        rows.append(_row(name, method))
+    return _table(rows)
+
+
+def details(name: str) -> str:
+    """The line of one method, and the fields of `lq.QuantSpec` that it heeds.
+
+    Args:
+        name: of the method.
+
+    Returns:
+        Lines for a terminal.
+
+    Raises:
+        ValueError: for a name that neither the registry nor a package knows.
+    """
+    method = find_method(name)
+    elsewhere = {option for other in REGISTRY.values() for option in other.options or ()}
+    heeded = [f for f in LAYER_FIELDS if f != "quantizer" and (f not in elsewhere or f in (method.options or ()))]
+    fields = schema(LayerSpec, instantiate=False, skip=tuple(set(LAYER_FIELDS) - set(heeded)))
+    rest = [] if method.options is not None else ["", "It does not say which other fields it heeds."]
+    return "\n".join([_table([_row(name, method)]), "", "Fields that it heeds:", *field_lines(fields, ""), *rest])
+
+
+def _row(name: str, method: Method) -> tuple[str, ...]:
+    low, high = method.bits
+    return name, f"{low}-{high}", method.summary, method.learned, method.source
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return format_table(("name", "bits", "what it is", "learned", "source"), rows)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table.
+    """Print the table, or one method.
 
     Args:
         arguments: of the command line.
     """
     description = "Methods to quantize with: LearnedQuantization(quantizer=NAME), lq train quantizer=NAME."
-    argparse.ArgumentParser(prog="lq quantizers", description=description).parse_args(arguments)
-    print(table())
+    parser = argparse.ArgumentParser(prog="lq quantizers", description=description)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show this one and the fields that it heeds")
+    name = parser.parse_args(arguments).name
+    try:
+        print(table() if name is None else details(name))
+    except ValueError as error:
+        parser.error(str(error))

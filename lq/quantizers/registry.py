@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lq.checks import require_one_of
 from lq.functional.levels import MAX_BITS, MIN_BITS, CodeRange
 from lq.quantizers.a2q import A2QQuantizer, limit_of
 from lq.quantizers.apot import APoTQuantizer, InputAPoTQuantizer
@@ -19,7 +20,7 @@ from lq.quantizers.pact import PACTQuantizer, SAWBQuantizer
 from lq.quantizers.sigmoid_sum import SigmoidSumQuantizer
 from lq.quantizers.soft import SoftQuantizer
 from lq.quantizers.subset import CodebookQuantizer, InputSubsetQuantizer, SubsetQuantizer
-from lq.spec import LayerSpec
+from lq.spec import LAYER_FIELDS, LayerSpec
 
 __all__ = ["REGISTRY", "Method"]
 
@@ -35,6 +36,11 @@ class Method:
         learned: what is learned, of weights and of activations.
         source: where it was published.
         bits: widths of weight codes that it has, the smallest and the largest.
+        options: fields of `LayerSpec` that it heeds, beside those that every method does: widths, granularity and
+            normalize; None where that is not known.
+
+    Raises:
+        ValueError: for an option that is no field of `LayerSpec`.
     """
 
     weight: Callable[..., Quantizer]
@@ -43,6 +49,12 @@ class Method:
     learned: str = "scales"
     source: str = ""
     bits: tuple[int, int] = (MIN_BITS, MAX_BITS)
+    options: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """See that what is declared are fields of a spec."""
+        for option in self.options or ():
+            require_one_of("options of a Method", option, LAYER_FIELDS)
 
 
 def _soft(spec: LayerSpec, codes: CodeRange, hard: bool, **common: Any) -> Quantizer:
@@ -120,13 +132,26 @@ def _subset_activation(spec: LayerSpec, codes: CodeRange, **common: Any) -> Quan
     return InputSubsetQuantizer(codes, candidates=spec.activation_candidates, power=spec.power, **common)
 
 
+_GRID = ("levels", "grid")
+_LEVELS = (*_GRID, "scale_init", "gradient_scale")
+_STAIRCASE = ("forward", "activation_forward", "staircase", "slope_backward_max", "scale_gradient")
+_POINTS = (*_STAIRCASE, "scale_init", "gradient_scale", "power", "signed_points", "points_per")
+_SUBSET = ("candidates", "words", "zero", "activation_levels", "activation_candidates")
+
 REGISTRY: dict[str, Method] = {
-    "soft": Method(_soft_weight, _soft_activation, "annealed soft staircase", source="lq"),
+    "soft": Method(
+        _soft_weight,
+        _soft_activation,
+        "annealed soft staircase",
+        source="lq",
+        options=_LEVELS + _STAIRCASE,
+    ),
     "lsq": Method(
         _uniform(LSQQuantizer),
         _uniform(LSQQuantizer),
         "hard levels, straight-through",
         source="Esser et al., ICLR 2020",
+        options=_LEVELS,
     ),
     "lsq_plus": Method(
         _uniform(LSQQuantizer),
@@ -134,6 +159,7 @@ REGISTRY: dict[str, Method] = {
         "the same, with an offset of activations",
         learned="scales, offsets of activations",
         source="Bhalgat et al., CVPR Workshops 2020",
+        options=_LEVELS,
     ),
     "subset": Method(
         _subset,
@@ -141,6 +167,7 @@ REGISTRY: dict[str, Method] = {
         "staircase onto the best subset of log-scale points",
         learned="scales; points by an exact search",
         source="Oh et al., ECCV 2022",
+        options=_POINTS + _SUBSET,
     ),
     "codebook": Method(
         _codebook,
@@ -148,6 +175,7 @@ REGISTRY: dict[str, Method] = {
         "staircase onto free levels",
         learned="scales; levels by k-means, weighted after training",
         source="Choi et al., ICLR 2017",
+        options=_POINTS,
     ),
     "minmax": Method(
         _minmax,
@@ -155,6 +183,7 @@ REGISTRY: dict[str, Method] = {
         "ranges from the largest weight, and a moving average of the largest activation",
         learned="nothing",
         source="Jacob et al., CVPR 2018",
+        options=(*_GRID, "fold_norms"),
     ),
     "pact": Method(
         _uniform(SAWBQuantizer),
@@ -162,6 +191,7 @@ REGISTRY: dict[str, Method] = {
         "clipped activations, weights scaled by their moments (SAWB)",
         learned="bounds of activations",
         source="Choi et al., 2018; Choi et al., MLSys 2019",
+        options=(*_GRID, "scale_init"),
     ),
     "dsq": Method(
         _uniform(DSQQuantizer),
@@ -169,6 +199,7 @@ REGISTRY: dict[str, Method] = {
         "hard levels, derivative of a soft staircase",
         learned="scales, shapes of the staircases",
         source="Gong et al., ICCV 2019",
+        options=_LEVELS,
     ),
     "qn": Method(
         _sigmoid_sum,
@@ -176,6 +207,7 @@ REGISTRY: dict[str, Method] = {
         "sums of sigmoids at thresholds from k-means",
         learned="scales of what goes in and comes out",
         source="Yang et al., CVPR 2019",
+        options=(*_LEVELS, "slope_backward_max"),
     ),
     "apot": Method(
         _by_bits(APoTQuantizer),
@@ -183,6 +215,7 @@ REGISTRY: dict[str, Method] = {
         "additive powers of two",
         learned="scales",
         source="Li et al., ICLR 2020",
+        options=("gradient_scale",),
     ),
     "nulsq": Method(
         _by_bits(LearnedStepsQuantizer),
@@ -190,6 +223,7 @@ REGISTRY: dict[str, Method] = {
         "every distance between levels is learned",
         learned="steps",
         source="Gongyo et al., ACCV 2024",
+        options=("gradient_scale",),
     ),
     "log2": Method(
         _by_bits(LogQuantizer),
@@ -197,6 +231,7 @@ REGISTRY: dict[str, Method] = {
         "powers of two, rounded in the logarithmic domain",
         learned="scales of activations (lsq)",
         source="Miyashita et al., 2016",
+        options=("scale_init", "gradient_scale"),
     ),
     "dlq": Method(
         _by_bits(LogQuantizer, span=7.0),
@@ -204,6 +239,7 @@ REGISTRY: dict[str, Method] = {
         "fractional exponents from -7 to 0",
         learned="scales of activations (lsq)",
         source="Cai et al., 2018",
+        options=("scale_init", "gradient_scale"),
     ),
     "a2q": Method(
         _a2q(False),
@@ -211,6 +247,7 @@ REGISTRY: dict[str, Method] = {
         "toward zero, sums of magnitudes that no accumulator overflows with",
         learned="scales, norms of channels",
         source="Colbert et al., ICCV 2023",
+        options=(*_LEVELS, "accumulator_bits"),
     ),
     "a2q_plus": Method(
         _a2q(True),
@@ -218,6 +255,7 @@ REGISTRY: dict[str, Method] = {
         "the same for weights of mean 0, whose sums may be twice as large",
         learned="scales, norms of channels",
         source="Colbert et al., ICML 2024",
+        options=(*_LEVELS, "accumulator_bits"),
     ),
     "oaq": Method(
         _overflow_aware,
@@ -225,5 +263,6 @@ REGISTRY: dict[str, Method] = {
         "min-max ranges, widened while sums overflow",
         learned="range factors, from overflows",
         source="Xie et al., IJCAI 2020",
+        options=(*_GRID, "accumulator_bits"),
     ),
 }

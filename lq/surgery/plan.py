@@ -1,5 +1,6 @@
 """Decide which layer gets which spec, before anything is touched."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,8 @@ from torch import nn
 
 from lq.globs import matches
 from lq.nn import QuantLayer, weight_key
-from lq.spec import LayerSpec, QuantSpec
+from lq.quantizers import REGISTRY, find_method
+from lq.spec import LAYER_FIELDS, LayerSpec, QuantSpec
 from lq.surgery.discover import Found, find_layers
 
 __all__ = ["Plan", "PlannedLayer", "make_plan"]
@@ -50,7 +52,7 @@ class Plan:
 
 
 def make_plan(model: nn.Module, spec: QuantSpec, order: Sequence[str] | None = None) -> Plan:
-    """Spec of every layer of a model.
+    """Spec of every layer of a model; warns of fields that were given and that no quantizer of the spec heeds.
 
     Args:
         model: any module.
@@ -65,6 +67,7 @@ def make_plan(model: nn.Module, spec: QuantSpec, order: Sequence[str] | None = N
     """
     found = find_layers(model)
     _check_globs(found, spec)
+    _warn_of_idle(spec)
     usable = [f.path for f in found if _usable(f)]
     sequence = [path for path in order if path in usable] if order else usable
     roles = (
@@ -115,6 +118,23 @@ def _tie(layers: list[PlannedLayer]) -> list[PlannedLayer]:
             else:
                 layers[i] = PlannedLayer(layers[i].found, layers[widest].spec, layers[i].reason)
     return layers
+
+
+def _warn_of_idle(spec: QuantSpec) -> None:
+    """Options that change nothing are no errors: a sweep over methods gives them to all."""
+    names = dict.fromkeys([spec.quantizer, *(c["quantizer"] for c in spec.overrides.values() if "quantizer" in c)])
+    options = [find_method(name).options for name in names]
+    heeded = {option for some in options for option in some or ()}
+    known = {option for method in REGISTRY.values() for option in method.options or ()}
+    given = [{name: getattr(spec, name) for name in LAYER_FIELDS if getattr(spec, name) != getattr(LayerSpec, name)}]
+    idle = {k: v for fields in (*given, *spec.overrides.values()) for k, v in fields.items() if k in known - heeded}
+    if idle and None not in options:
+        shown = ", ".join(f"{name}={value!r}" for name, value in idle.items())
+        warnings.warn(
+            f"{shown} changes nothing: {', '.join(names)} has no use for it. Leave it out; `lq quantizers NAME` lists "
+            "what a quantizer heeds",
+            stacklevel=2,
+        )
 
 
 def _check_globs(found: Sequence[Found], spec: QuantSpec) -> None:
