@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lq.functional.layout import ScaleLayout
+from lq.layer_spec import LayerSpec
 from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
-from lq.spec import LayerSpec
 
 __all__ = ["check_quantizer"]
 

@@ -11,6 +11,7 @@ ROOT = Path(lq.__file__).parent
 LAYERS = [
     {"text", "files", "distributed", "globs", "checks", "_paths"},
     {"functional"},
+    {"layer_spec"},
     {"spec"},
     {"search_spec"},
     {"quantizers"},

@@ -1,6 +1,7 @@
 """Quantizers by name: modules that own parameters and call `lq.functional` for their mathematics."""
 
 from lq.functional.layout import ScaleLayout
+from lq.layer_spec import LayerSpec
 from lq.quantizers.a2q import A2QQuantizer
 from lq.quantizers.activation import ActivationQuantizer
 from lq.quantizers.apot import APoTQuantizer
@@ -19,7 +20,6 @@ from lq.quantizers.registry import REGISTRY, Method
 from lq.quantizers.sigmoid_sum import SigmoidSumQuantizer
 from lq.quantizers.soft import SoftQuantizer
 from lq.quantizers.subset import CodebookQuantizer, SubsetQuantizer
-from lq.spec import LayerSpec
 
 __all__ = [
     "REGISTRY",

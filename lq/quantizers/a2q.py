@@ -11,10 +11,10 @@ from lq.functional.layout import damped, positive
 from lq.functional.levels import CodeRange
 from lq.functional.regularizer import chosen_regularizer
 from lq.functional.statistics import LevelStatistics, level_statistics
+from lq.layer_spec import LayerSpec
 from lq.quantizers.base import Quantizer
 from lq.quantizers.lsq import LSQQuantizer
 from lq.quantizers.normalizer import WeightNormalizer
-from lq.spec import LayerSpec
 
 __all__ = ["A2QQuantizer", "AccumulatorNormalizer", "limit_of"]
 

@@ -13,8 +13,8 @@ from lq.functional.regularizer import level_regularizer
 from lq.functional.scale import initial_scale
 from lq.functional.scale_search import best_step
 from lq.functional.statistics import LevelStatistics, level_statistics
+from lq.layer_spec import LayerSpec
 from lq.quantizers.hooks import QuantizerHooks
-from lq.spec import LayerSpec
 
 __all__ = ["Quantizer"]
 

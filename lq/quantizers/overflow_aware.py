@@ -8,10 +8,10 @@ from torch import Tensor
 from lq.distributed import sum_
 from lq.functional.accumulator import range_factor_step
 from lq.functional.levels import CodeRange
+from lq.layer_spec import LayerSpec
 from lq.quantizers.base import Quantizer
 from lq.quantizers.computed_scale import ComputedScaleQuantizer
 from lq.quantizers.minmax import MinMaxQuantizer, MovingRangeQuantizer
-from lq.spec import LayerSpec
 
 __all__ = ["OverflowAwareQuantizer", "WidenedRangeQuantizer"]
 
