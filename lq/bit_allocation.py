@@ -16,8 +16,9 @@ from lq.functional.allocation import choose_within_budget
 from lq.functional.distillation import distillation_loss
 from lq.globs import matches
 from lq.nn import weight_key
+from lq.quantizers import find_method
 from lq.spec import QuantSpec
-from lq.surgery import Plan, PlannedLayer, execution_order, follow_norms_of_run, make_plan, quantize_model
+from lq.surgery import Plan, PlannedLayer, apply_plan, execution_order, follow_norms_of_run, make_plan
 from lq.text import format_table
 
 __all__ = ["WIDTHS", "BitAllocation", "allocate_bits"]
@@ -158,7 +159,8 @@ def _with_widths(spec: QuantSpec, plan: Plan, chosen: dict[str, int]) -> QuantSp
         changes = {name: value for name, value in (own.to_dict() | bits).items() if value != plain[name]}
         if spec.grid == "auto":  # follows the width that is chosen, but where some layer's was named
             changes = {k: v for k, v in changes.items() if k != "grid"} | ({"grid": own.grid} if named else {})
-        overrides[path] = changes | bits
+        heeds = find_method(own.quantizer).heeds
+        overrides[path] = {name: value for name, value in changes.items() if heeds(name)} | bits
     return replace(common, overrides={path: changes for path, changes in overrides.items() if changes})
 
 
@@ -214,7 +216,7 @@ def _divergence(
     model: nn.Module, spec: QuantSpec, batches: Sequence[Any], targets: Sequence[Tensor], run: Forward
 ) -> float:
     quantized = copy.deepcopy(model)
-    quantize_model(quantized, spec)
+    apply_plan(quantized, make_plan(quantized, spec))
     follow_norms_of_run(quantized, lambda: run(quantized, batches[0]))
     if spec.activation is not None:
         calibrate(quantized, batches, forward=run)

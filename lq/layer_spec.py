@@ -10,7 +10,7 @@ from lq.functional.levels import GRIDS, CodeRange, code_range, require_bits
 from lq.functional.scale import SCALE_INITS
 from lq.functional.soft import STAIRCASES
 
-__all__ = ["ACTIVATIONS", "FORWARDS", "GRANULARITIES", "LAYER_FIELDS", "POINT_QUANTIZERS", "LayerSpec"]
+__all__ = ["ACTIVATIONS", "FORWARDS", "GRANULARITIES", "LAYER_FIELDS", "OPTIONS", "POINT_QUANTIZERS", "LayerSpec"]
 
 ACTIVATIONS = ("auto", "signed", "unsigned", None)
 FORWARDS = ("soft", "hard")
@@ -62,7 +62,7 @@ class LayerSpec:
         candidates: of "subset": "one_word", "two_words", "three_words", "apot", "log2", "uniform", "mid_rise", or a
             list of magnitudes.
         words: of "subset": see that every candidate is a sum of at most so many powers of two; null does not.
-        power: of the quantization loss that "subset" and "codebook" minimise, 2 or 4.
+        power: of the quantization loss that "subset" and "codebook" minimise, and all methods in `lq.search`, 2 or 4.
         zero: of "subset": true makes zero a level, false keeps it out, null leaves it to the search.
         signed_points: choose 2**bits points with their signs in place of 2**(bits-1) magnitudes and a sign bit.
         points_per: one set of points per "tensor" (a decoder table per layer) or per output "channel", where scales are
@@ -198,3 +198,5 @@ class LayerSpec:
 
 
 LAYER_FIELDS = tuple(f.name for f in fields(LayerSpec))
+_COMMON = ("bits", "activation_bits", "activation", "granularity", "quantizer", "normalize")
+OPTIONS = tuple(name for name in LAYER_FIELDS if name not in _COMMON)  # fields that some methods heed, others do not

@@ -7,9 +7,9 @@ from typing import Any
 from lq.checks import require_one_of
 from lq.functional.levels import require_bits
 from lq.globs import globs, matches
-from lq.layer_spec import LAYER_FIELDS, POINT_QUANTIZERS, LayerSpec
+from lq.layer_spec import LAYER_FIELDS, OPTIONS, POINT_QUANTIZERS, LayerSpec
 
-__all__ = ["LAYER_FIELDS", "POINT_QUANTIZERS", "LayerSpec", "QuantSpec"]
+__all__ = ["LAYER_FIELDS", "OPTIONS", "POINT_QUANTIZERS", "LayerSpec", "QuantSpec"]
 
 
 @dataclass(frozen=True, kw_only=True)

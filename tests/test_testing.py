@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lq
-from lq.cli.quantizers import details, table
+from lq.cli.quantizers import details, main, table
 from lq.quantizers import REGISTRY, LSQQuantizer, Method, find_method, method_names
 from lq.spec import LayerSpec
 from lq.testing import check_quantizer
@@ -190,6 +190,17 @@ def test_the_command_shows_what_one_heeds(tmp_path):
     unknown = command("quantizers", "pakt", cwd=tmp_path)
     assert unknown.returncode == 2
     assert "got 'pakt': choose one of those" in unknown.stderr
+
+
+def test_the_command_says_that_a_package_cannot_be_loaded(monkeypatch, capsys):
+    def find(name):
+        raise ImportError("no module named 'theirs'")
+
+    monkeypatch.setattr("lq.cli.quantizers.find_method", find)
+    with pytest.raises(SystemExit) as end:
+        main(["theirs"])
+    assert end.value.code == 2
+    assert "theirs cannot be loaded: ImportError: no module named 'theirs'" in capsys.readouterr().err
 
 
 def test_a_package_says_what_its_method_heeds_or_that_it_does_not_say(package):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lq.calibration import uncalibrated_layers
 from lq.callbacks.batches import Forward, loss_scale, overrides
@@ -35,7 +35,7 @@ from lq.group_rules import GroupRules, Rule, decay_rules
 from lq.network import layer_statistics, scale_parameters, set_slope
 from lq.nn import QuantLayer, named_quantized_layers
 from lq.spec import QuantSpec
-from lq.surgery import SwapReport, apply_plan, execution_order, make_plan, run_example, swap_report
+from lq.surgery import SwapReport, apply_plan, execution_order, idle_options, make_plan, run_example, swap_report
 from lq.tracking import metric
 
 __all__ = ["LearnedQuantization"]
@@ -144,6 +144,8 @@ class LearnedQuantization(Callback):
         plan = make_plan(pl_module, self.spec, self._order)
         self._fresh = [p.found.module for p in plan.layers if p.spec and not isinstance(p.found.module, QuantLayer)]
         self.report = apply_plan(pl_module, plan, fit=False)
+        if idle := idle_options(self.spec, plan):
+            rank_zero_warn(idle)
         set_slope(pl_module, self.anneal.slope_start)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from lq.cli.fields import field_lines
 from lq.cli.schema import schema
-from lq.quantizers import REGISTRY, Method, find_method, method_names
-from lq.spec import LAYER_FIELDS, LayerSpec
+from lq.quantizers import Method, find_method, method_names
+from lq.spec import OPTIONS, LayerSpec
 from lq.text import format_table
 
 __all__ = ["details", "main", "table"]
@@ -42,9 +42,8 @@ def details(name: str) -> str:
         ValueError: for a name that neither the registry nor a package knows.
     """
     method = find_method(name)
-    elsewhere = {option for other in REGISTRY.values() for option in other.options or ()}
-    heeded = [f for f in LAYER_FIELDS if f != "quantizer" and (f not in elsewhere or f in (method.options or ()))]
-    fields = schema(LayerSpec, instantiate=False, skip=tuple(set(LAYER_FIELDS) - set(heeded)))
+    idle = set(OPTIONS) - set(method.options or ())
+    fields = schema(LayerSpec, instantiate=False, skip=("quantizer", *idle))
     rest = [] if method.options is not None else ["", "It does not say which other fields it heeds."]
     return "\n".join([_table([_row(name, method)]), "", "Fields that it heeds:", *field_lines(fields, ""), *rest])
 
@@ -72,3 +71,5 @@ def main(arguments: Sequence[str]) -> None:
         print(table() if name is None else details(name))
     except ValueError as error:
         parser.error(str(error))
+    except Exception as error:  # whatever an installed package raises
+        parser.error(f"{name} cannot be loaded: {type(error).__name__}: {error}")

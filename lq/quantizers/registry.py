@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lq.checks import require_one_of
 from lq.functional.levels import MAX_BITS, MIN_BITS
-from lq.layer_spec import LAYER_FIELDS
+from lq.layer_spec import OPTIONS
 from lq.quantizers.apot import APoTQuantizer, InputAPoTQuantizer
 from lq.quantizers.base import Quantizer
 from lq.quantizers.builders import (
@@ -44,11 +44,11 @@ class Method:
         learned: what is learned, of weights and of activations.
         source: where it was published.
         bits: widths of weight codes that it has, the smallest and the largest.
-        options: fields of `LayerSpec` that it heeds, beside those that every method does: widths, granularity and
-            normalize; None where that is not known.
+        options: those of `lq.spec.OPTIONS` that it heeds in training, the fields of a spec that not every method does;
+            None where that is not known.
 
     Raises:
-        ValueError: for an option that is no field of `LayerSpec`.
+        ValueError: for an option that is none of those.
     """
 
     weight: Callable[..., Quantizer]
@@ -60,9 +60,20 @@ class Method:
     options: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """See that what is declared are fields of a spec."""
+        """See that what is declared are options."""
         for option in self.options or ():
-            require_one_of("options of a Method", option, LAYER_FIELDS)
+            require_one_of("options of a Method", option, OPTIONS)
+
+    def heeds(self, name: str) -> bool:
+        """Whether a field of a spec may change what it does.
+
+        Args:
+            name: of the field.
+
+        Returns:
+            Whether it may; of a method that does not say, that is all of them.
+        """
+        return self.options is None or name in self.options or name not in OPTIONS
 
 
 _GRID = ("levels", "grid")

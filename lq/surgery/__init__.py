@@ -2,7 +2,7 @@
 
 from lq.surgery.discover import Found, execution_order, find_layers, run_example
 from lq.surgery.norms import any_folded, find_norms, follow_norms, follow_norms_of_run, refold
-from lq.surgery.plan import Plan, PlannedLayer, make_plan
+from lq.surgery.plan import Plan, PlannedLayer, idle_options, make_plan
 from lq.surgery.rebuild import caps_and_biases, rebuild, restore_parts
 from lq.surgery.report import SwapReport, SwapRow
 from lq.surgery.swap import (
@@ -32,6 +32,7 @@ __all__ = [
     "fit_weights",
     "follow_norms",
     "follow_norms_of_run",
+    "idle_options",
     "keep_off_fast_path",
     "layer_specs",
     "make_plan",

@@ -1,6 +1,5 @@
 """Decide which layer gets which spec, before anything is touched."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,11 +7,11 @@ from torch import nn
 
 from lq.globs import matches
 from lq.nn import QuantLayer, weight_key
-from lq.quantizers import REGISTRY, find_method
-from lq.spec import LAYER_FIELDS, LayerSpec, QuantSpec
+from lq.quantizers import find_method
+from lq.spec import OPTIONS, LayerSpec, QuantSpec
 from lq.surgery.discover import Found, find_layers
 
-__all__ = ["Plan", "PlannedLayer", "make_plan"]
+__all__ = ["Plan", "PlannedLayer", "idle_options", "make_plan"]
 
 REGISTRATION = "registration order"
 EXECUTION = "execution order"
@@ -52,7 +51,7 @@ class Plan:
 
 
 def make_plan(model: nn.Module, spec: QuantSpec, order: Sequence[str] | None = None) -> Plan:
-    """Spec of every layer of a model; warns of fields that were given and that no quantizer of the spec heeds.
+    """Spec of every layer of a model.
 
     Args:
         model: any module.
@@ -67,7 +66,6 @@ def make_plan(model: nn.Module, spec: QuantSpec, order: Sequence[str] | None = N
     """
     found = find_layers(model)
     _check_globs(found, spec)
-    _warn_of_idle(spec)
     usable = [f.path for f in found if _usable(f)]
     sequence = [path for path in order if path in usable] if order else usable
     roles = (
@@ -82,6 +80,30 @@ def make_plan(model: nn.Module, spec: QuantSpec, order: Sequence[str] | None = N
             "Pass a model that has one, or widen include/exclude"
         )
     return Plan(tuple(layers), EXECUTION if order else REGISTRATION)
+
+
+def idle_options(spec: QuantSpec, plan: Plan) -> str:
+    """What to tell the user of options that were given and that no layer's quantizer heeds in training.
+
+    They are no errors: a sweep over methods gives them to all.
+
+    Args:
+        spec: as it was given.
+        plan: made from it.
+
+    Returns:
+        One sentence or two; empty where there are none.
+    """
+    names = dict.fromkeys(layer.quantizer for layer in plan.specs.values())
+    given = {name: getattr(spec, name) for name in OPTIONS if getattr(spec, name) != getattr(LayerSpec, name)}
+    given |= {name: value for changes in spec.overrides.values() for name, value in changes.items() if name in OPTIONS}
+    idle = [name for name in given if not any(find_method(used).heeds(name) for used in names)]
+    if not idle:
+        return ""
+    return (
+        f"without an effect on quantizer={', '.join(names)}: {', '.join(f'{name}={given[name]!r}' for name in idle)}. "
+        "Leave that out; `lq quantizers NAME` lists what a quantizer heeds"
+    )
 
 
 def _usable(found: Found) -> bool:
@@ -118,23 +140,6 @@ def _tie(layers: list[PlannedLayer]) -> list[PlannedLayer]:
             else:
                 layers[i] = PlannedLayer(layers[i].found, layers[widest].spec, layers[i].reason)
     return layers
-
-
-def _warn_of_idle(spec: QuantSpec) -> None:
-    """Options that change nothing are no errors: a sweep over methods gives them to all."""
-    names = dict.fromkeys([spec.quantizer, *(c["quantizer"] for c in spec.overrides.values() if "quantizer" in c)])
-    options = [find_method(name).options for name in names]
-    heeded = {option for some in options for option in some or ()}
-    known = {option for method in REGISTRY.values() for option in method.options or ()}
-    given = [{name: getattr(spec, name) for name in LAYER_FIELDS if getattr(spec, name) != getattr(LayerSpec, name)}]
-    idle = {k: v for fields in (*given, *spec.overrides.values()) for k, v in fields.items() if k in known - heeded}
-    if idle and None not in options:
-        shown = ", ".join(f"{name}={value!r}" for name, value in idle.items())
-        warnings.warn(
-            f"{shown} changes nothing: {', '.join(names)} has no use for it. Leave it out; `lq quantizers NAME` lists "
-            "what a quantizer heeds",
-            stacklevel=2,
-        )
 
 
 def _check_globs(found: Sequence[Found], spec: QuantSpec) -> None:

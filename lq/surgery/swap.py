@@ -1,5 +1,6 @@
 """Swap layers for quantized ones and back."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -13,7 +14,7 @@ from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_qu
 from lq.spec import LayerSpec, QuantSpec
 from lq.surgery.discover import execution_order, run_example
 from lq.surgery.norms import follow_norms_of_run
-from lq.surgery.plan import Plan, make_plan
+from lq.surgery.plan import Plan, idle_options, make_plan
 from lq.surgery.report import QUANTIZED, SKIPPED, SwapReport, SwapRow
 
 __all__ = [
@@ -49,6 +50,9 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, example_inpu
         TypeError: for a wrapped model or something that is no spec.
         ValueError: for a glob without a match, a model with nothing to quantize, weights that are not finite.
 
+    Warns:
+        UserWarning: for options of the spec that no layer's quantizer heeds.
+
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [row.bits for row in quantize_model(model, QuantSpec(bits=3)).rows]
     [8, 3, 8]
@@ -58,14 +62,16 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, example_inpu
         raise TypeError("model must not be wrapped in DistributedDataParallel: quantize it first, then wrap it")
     if not isinstance(spec, QuantSpec):
         raise TypeError(f"spec must be an lq.QuantSpec, got {spec!r}: write lq.QuantSpec(bits=4)")
-    if example_input is None:
-        return apply_plan(model, make_plan(model, spec))
 
     def run() -> None:
         run_example(model, example_input)
 
-    report = apply_plan(model, make_plan(model, spec, execution_order(model, run)))
-    follow_norms_of_run(model, run)
+    plan = make_plan(model, spec, None if example_input is None else execution_order(model, run))
+    report = apply_plan(model, plan)
+    if example_input is not None:
+        follow_norms_of_run(model, run)
+    if idle := idle_options(spec, plan):
+        warnings.warn(idle, stacklevel=2)
     return report
 
 

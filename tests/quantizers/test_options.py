@@ -1,12 +1,17 @@
 """What each method heeds of a spec: what is declared changes a network in training, what is not changes nothing."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import lq
 from lq.quantizers import REGISTRY, Method, find_method, register_quantizer
-from lq.spec import LAYER_FIELDS, QuantSpec
+from lq.spec import OPTIONS, QuantSpec
+from lq.surgery import idle_options
+from lq.surgery.plan import make_plan
+from tests.helpers.modules import Plain, fit
 
 VALUES = {
     "levels": 5,
@@ -35,7 +40,7 @@ BESIDE = {  # what a field needs to have an effect
     "activation_candidates": {"activation_levels": "subset"},
     "words": {"candidates": "two_words"},
 }
-COMMON = {"bits", "activation_bits", "activation", "granularity", "quantizer", "normalize"}
+OWN = {"pact": {"levels": 15}, "a2q": {"grid": "full_range"}, "a2q_plus": {"grid": "full_range"}}  # what they have
 
 
 def trained(**fields):
@@ -66,45 +71,70 @@ def same(a, b):
     return len(a) == len(b) and all(p.shape == q.shape and torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-def test_every_field_is_either_common_or_of_some_method():
-    assert {*VALUES, *COMMON} == set(LAYER_FIELDS)
-    assert {option for method in REGISTRY.values() for option in method.options or ()} == set(VALUES)
+def test_every_option_is_of_some_method():
+    assert set(VALUES) == set(OPTIONS) == {option for method in REGISTRY.values() for option in method.options or ()}
 
 
-@pytest.mark.filterwarnings("ignore:.*changes nothing")
+@pytest.mark.filterwarnings("ignore:without an effect")
 @pytest.mark.parametrize("name", list(REGISTRY))
 def test_a_method_heeds_the_fields_that_it_declares_and_no_others(name):
     usual = {"quantizer": name, "bits": {"oaq": 8, "qn": 2}.get(name, 3)}  # sums of few bits overflow nothing
     if name in ("a2q", "a2q_plus"):
         usual["granularity"] = "channel"
     plain, options = trained(**usual), REGISTRY[name].options or ()
-    for field, value in VALUES.items():
+    for field, value in (VALUES | OWN.get(name, {})).items():
         beside = BESIDE.get(field, {})
         without = trained(**usual | beside) if beside else plain
-        heeded = not same(without, trained(**usual | beside | {field: value}))
+        changed = trained(**usual | beside | {field: value})
+        if field in options and field != "words":  # which only refuses candidates
+            assert not isinstance(changed, str), changed
         refused = field in ("levels", "fold_norms") and field not in options
-        assert heeded == (refused or field in options), (name, field)
+        assert same(without, changed) != (refused or field in options), (name, field)
 
 
-@pytest.mark.parametrize(
-    ("fields", "shown"),
-    [
-        ({"quantizer": "lsq", "forward": "soft", "power": 4}, "forward='soft', power=4 changes nothing: lsq"),
-        ({"quantizer": "apot", "overrides": {"*": {"grid": "mid_rise"}}}, "grid='mid_rise' changes nothing: apot"),
-    ],
-)
-def test_fields_without_an_effect_are_reported(fields, shown):
-    with pytest.warns(UserWarning, match="Leave it out") as warned:
-        lq.quantize_model(nn.Sequential(nn.Linear(4, 4)), QuantSpec(first_last_bits=None, **fields))
-    assert str(warned[0].message).startswith(shown)
+def warned_of(**fields):
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lq.quantize_model(model, QuantSpec(**fields))
+    return [str(warning.message).split(". Leave that out")[0] for warning in caught]
 
 
-@pytest.mark.filterwarnings("error:.*changes nothing")
-def test_nothing_is_said_where_some_layer_heeds_the_field_or_the_method_does_not_say(monkeypatch):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    overrides = {"0": {"quantizer": "soft"}}
-    lq.quantize_model(model, QuantSpec(quantizer="lsq", forward="soft", overrides=overrides))
+def test_options_without_an_effect_are_reported():
+    assert warned_of(quantizer="lsq", forward="soft", power=4) == [
+        "without an effect on quantizer=lsq: forward='soft', power=4"
+    ]
+    assert warned_of(quantizer="apot", first_last_bits=None, overrides={"*": {"grid": "mid_rise"}}) == [
+        "without an effect on quantizer=apot: grid='mid_rise'"
+    ]
+
+
+def test_nothing_is_said_where_some_layer_heeds_the_option():
+    assert warned_of(quantizer="soft", forward="soft", power=2) == []
+    assert warned_of(quantizer="lsq", forward="soft", overrides={"0": {"quantizer": "soft"}}) == []
+    assert warned_of(quantizer="apot", grid="mid_rise") == []  # of the first and last block, which have lsq
+
+
+def test_nothing_is_said_of_methods_that_do_not_say_what_they_heed(monkeypatch):
     monkeypatch.setattr("lq.quantizers.lookup.REGISTRY", REGISTRY.copy())
     own = find_method("lsq")
     register_quantizer("mine", Method(own.weight, own.activation, "one of somebody else's"))
-    lq.quantize_model(nn.Sequential(nn.Linear(4, 4)), QuantSpec(quantizer="mine", forward="soft"))
+    assert warned_of(quantizer="mine", forward="soft") == []
+
+
+def test_a_fit_reports_them_once():
+    callback = lq.LearnedQuantization(quantizer="lsq", regularizer=None, forward="soft")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Plain(), [callback])
+    found = [w for w in caught if "without an effect" in str(w.message)]
+    assert [str(w.message).split(". ")[0] for w in found] == ["without an effect on quantizer=lsq: forward='soft'"]
+
+
+@pytest.mark.parametrize("quantizer", ["soft", "apot"])
+def test_nothing_is_said_of_what_an_allocation_says_of_the_ends(quantizer):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    spec = QuantSpec(quantizer=quantizer)
+    found = lq.allocate_bits(model, [torch.randn(16, 8)], spec, average_bits=5.5, progress=False).spec
+    assert found.overrides["0"]["bits"] == 8
+    assert not idle_options(found, make_plan(model, found))
