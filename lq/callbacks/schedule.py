@@ -29,8 +29,8 @@ class AnnealSpec:
         regularizer: "nearest", "l1" or "sine"; null for none.
         regularizer_on: distance of the "latent" weight, or of what the soft staircase makes of it, "quantized", where a
             quantizer has one.
-        regularizer_scale_gradient: whether scales learn from the regularizer, by a gradient summed over all weights of a
-            layer: at a strength of 1 it leads them astray.
+        regularizer_scale_gradient: whether scales learn from the regularizer, by a gradient summed over all weights of
+            a layer: at a strength of 1 it leads them astray.
         strength: factor on the regularizer at the end of its ramp.
         strength_schedule: ramp over ``anneal_steps``, "linear" or "cosine" from 0, or "constant".
         strength_start: optimizer steps, or fraction of the fit, before which there is no regularizer; its ramp begins
