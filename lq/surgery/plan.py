@@ -83,9 +83,10 @@ def make_plan(model: nn.Module, spec: QuantSpec, order: Sequence[str] | None = N
 
 
 def idle_options(spec: QuantSpec, plan: Plan) -> str:
-    """What to tell the user of options that were given and that no layer's quantizer heeds in training.
+    """What to tell the user of options that were given and that change nothing in training, of no layer.
 
-    They are no errors: a sweep over methods gives them to all.
+    They are no errors: a sweep over methods gives them to all. Either no layer's quantizer heeds them, or another field
+    that they need beside them is not as they need it.
 
     Args:
         spec: as it was given.
@@ -94,16 +95,33 @@ def idle_options(spec: QuantSpec, plan: Plan) -> str:
     Returns:
         One sentence or two; empty where there are none.
     """
-    names = dict.fromkeys(layer.quantizer for layer in plan.specs.values())
+    layers = plan.specs.values()
+    names = dict.fromkeys(layer.quantizer for layer in layers)
     given = {name: getattr(spec, name) for name in OPTIONS if getattr(spec, name) != getattr(LayerSpec, name)}
     given |= {name: value for changes in spec.overrides.values() for name, value in changes.items() if name in OPTIONS}
-    idle = [name for name in given if not any(find_method(used).heeds(name) for used in names)]
+    idle = []
+    for name, value in given.items():
+        heeding = [layer for layer in layers if find_method(layer.quantizer).heeds(name)]
+        needs = [_need(name, layer) for layer in heeding]
+        if all(needs):
+            idle.append(f"{name}={value!r}" + (f" (needs {needs[0]})" if needs else ""))
     if not idle:
         return ""
     return (
-        f"without an effect on quantizer={', '.join(names)}: {', '.join(f'{name}={given[name]!r}' for name in idle)}. "
+        f"without an effect on quantizer={', '.join(names)}: {', '.join(idle)}. "
         "Leave that out; `lq quantizers NAME` lists what a quantizer heeds"
     )
+
+
+def _need(name: str, layer: LayerSpec) -> str:
+    """What an option lacks to have an effect on a layer whose quantizer heeds it; empty where it has one."""
+    if name in ("activation_forward", "activation_levels", "activation_candidates") and layer.activation is None:
+        return "quantized activations: activation='auto'"
+    if name == "activation_candidates" and layer.activation_levels != "subset":
+        return "activation_levels='subset'"
+    if name == "points_per" and layer.granularity != "channel":
+        return "granularity='channel'"
+    return ""
 
 
 def _usable(found: Found) -> bool:

@@ -51,7 +51,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec | None = None, example_inpu
         ValueError: for a glob without a match, a model with nothing to quantize, weights that are not finite.
 
     Warns:
-        UserWarning: for options of the spec that no layer's quantizer heeds.
+        UserWarning: for options of the spec that change nothing in any layer.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [row.bits for row in quantize_model(model, QuantSpec(bits=3)).rows]

@@ -109,6 +109,31 @@ def test_options_without_an_effect_are_reported():
     ]
 
 
+CHANNELS = {"points_per": "channel"}
+IDLE_BESIDE = [
+    (CHANNELS, "subset: points_per='channel' (needs granularity='channel')"),
+    ({"activation_candidates": "apot"}, "subset: activation_candidates='apot' (needs activation_levels='subset')"),
+    (
+        {"activation_levels": "subset", "activation": None},
+        "subset: activation_levels='subset' (needs quantized activations: activation='auto')",
+    ),
+    (CHANNELS | {"granularity": "channel"}, None),
+    (CHANNELS | {"overrides": {"1": {"granularity": "channel"}}}, None),
+    ({"activation_candidates": "apot", "activation_levels": "subset"}, None),
+]
+
+
+@pytest.mark.filterwarnings("ignore:without an effect")
+@pytest.mark.parametrize(("fields", "told"), IDLE_BESIDE)
+def test_options_that_need_another_one_beside_them_are_reported_without_it(fields, told):
+    expected = [] if told is None else [f"without an effect on quantizer={told}"]
+    assert warned_of(quantizer="subset", first_last_bits=None, **fields) == expected
+    if told is not None:  # and they do change nothing
+        usual = {"quantizer": "subset", "bits": 3} | fields
+        without = {k: v for k, v in usual.items() if k != next(iter(fields))}
+        assert same(trained(**usual), trained(**without))
+
+
 def test_nothing_is_said_where_some_layer_heeds_the_option():
     assert warned_of(quantizer="soft", forward="soft", power=2) == []
     assert warned_of(quantizer="lsq", forward="soft", overrides={"0": {"quantizer": "soft"}}) == []
