@@ -1,9 +1,8 @@
 """The recipes' run, from a float network to a quantized, tracked, stored one."""
 
 import copy
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,27 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save_model
+from safetensors.torch import load_model, save_model
 
 from lq.bit_allocation import WIDTHS, allocate_bits
 from lq.callbacks import LearnedQuantization
 from lq.checkpoints import checkpoint_spec, load_from_checkpoint
 from lq.classifier import Classifier
 from lq.exporting import load, save
+from lq.files import write_whole
 from lq.flavour import log_packed_model
-from lq.network import NetworkSize, network_size
+from lq.network import network_size
+from lq.outcome import Outcome
 from lq.runs import input_of, make_trainer, score, store_files, tracked
 from lq.surgery import make_plan
-from lq.text import format_table
 from lq.tracking import log_text, metric, network_metrics
 from lq.tracking.figures import alignment_figure, weights_figure
 
-__all__ = ["Outcome", "Settings", "run"]
+__all__ = ["Settings", "run"]
 
 NETWORK = "network.lq.safetensors"
 FLOAT_NETWORK = "network.safetensors"
+PRETRAINED = "pretrained.safetensors"
 _CALIBRATION_IMAGES = 256
 _Stored = tuple[dict[str, Any], dict[str, Any]]
 _say = rank_zero_only(print)
@@ -52,7 +53,8 @@ class Settings:
         average_bits: mean width of a weight, for which `lq.allocate_bits` finds the width of every layer; None gives
             all the spec's. A resumed run takes the widths of its checkpoint.
         widths: that it chooses from.
-        pretrain_epochs: float epochs before quantization; 0 where model.checkpoint holds a float network.
+        pretrain_epochs: float epochs before quantization; 0 where model.checkpoint holds a float network. A resumed
+            run takes the float network that was stored beside its checkpoint.
         pretrain_lr: learning rate of those.
         select: which network is stored: "best" by the monitored metric, or "last".
         test: whether to score on the test set; trials that choose between settings go without.
@@ -79,58 +81,6 @@ class Settings:
     ckpt_path: str | None = None
     registered_model: str | None = None
     description: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Figures of a finished run; accuracies from 0 to 1.
-
-    Args:
-        float_accuracy: of the float network on the test set; None without a test, or after the resume of a run that
-            trained it.
-        accuracy: of the trained network, hard quantized, on the test set; None without a test.
-        held_out_accuracy: of the same on the held-out images; None where there are none.
-        alignment: of its weights; None for a float network, as is the size.
-        size: of its weights.
-        network: the packed network, for `lq.load`; a float one's weights, for ``model.checkpoint``.
-    """
-
-    float_accuracy: float | None
-    accuracy: float | None
-    held_out_accuracy: float | None = None
-    alignment: float | None = None
-    size: NetworkSize | None = None
-    network: Path | None = None
-
-    @property
-    def objective(self) -> float:
-        """What sweepers maximise: the accuracy on the test set, without a test on held-out images."""
-        found = self.held_out_accuracy if self.accuracy is None else self.accuracy
-        return float("nan") if found is None else found
-
-    def __str__(self) -> str:
-        """A short table."""
-        kind, size = "float" if self.size is None else "quantized", self.size
-        rows = [
-            ("test accuracy, float" + (" at the start" if size is None else ""), _percent(self.float_accuracy)),
-            (f"test accuracy, {kind}", _percent(self.accuracy)),
-            (f"held-out accuracy, {kind}", _percent(self.held_out_accuracy)),
-        ]
-        if size is not None:
-            ratio = size.float_bytes / size.packed_bytes
-            packed = f"{size.packed_bytes:,} bytes ({size.bits_per_weight:.2f} bits each, 1/{ratio:.1f})"
-            rows += [("weights, float", f"{size.float_bytes:,} bytes"), ("weights, quantized", packed)]
-            rows += [("alignment", f"{self.alignment:.3f}")]
-        rows += [("network, float" if size is None else "network, packed", str(self.network))]
-        return format_table(("result", "value"), rows)
-
-    def to_json(self) -> str:
-        """The figures, for programs."""
-        return json.dumps(asdict(self), default=str, indent=1) + "\n"
-
-
-def _percent(accuracy: float | None) -> str:
-    return "-" if accuracy is None else f"{accuracy:.2%}"
 
 
 def run(settings: Settings) -> Outcome:
@@ -171,9 +121,7 @@ def _check(settings: Settings) -> None:
 
 
 def _run(settings: Settings, classifier: Classifier) -> Outcome:
-    float_accuracy, quantization = None, settings.quantization
-    if settings.ckpt_path is None or not settings.pretrain_epochs:
-        float_accuracy = _float_stage(settings, classifier)
+    float_accuracy, quantization = _float_stage(settings, classifier), settings.quantization
     if quantization is not None and settings.average_bits is not None:
         quantization = _mixed(settings, quantization, classifier, settings.average_bits)
     seed_everything(settings.seed, workers=True, verbose=False)
@@ -234,21 +182,39 @@ def _store_packed(settings: Settings, trainer: Trainer, stored: Classifier) -> _
 
 def _store_float(settings: Settings, trainer: Trainer, stored: Classifier) -> _Stored:
     path = settings.output_dir / FLOAT_NETWORK
-    if trainer.is_global_zero:
-        save_model(stored.model, str(path))
+    _keep(stored, path)
     trainer.strategy.barrier()
     return {}, {"network": path}
 
 
 def _float_stage(settings: Settings, classifier: Classifier) -> float | None:
-    if settings.pretrain_epochs:
+    """Accuracy of the float network, trained first where that is asked for; None without a test."""
+    if settings.pretrain_epochs and settings.ckpt_path is not None:
+        if (stored := _pretrained(settings.ckpt_path)) is None:
+            return None  # a run from before it was stored
+        load_model(classifier.model, stored)
+    elif settings.pretrain_epochs:
         classifier.prefix, peak = "float/", classifier.settings["lr"]
         classifier.settings["lr"] = settings.pretrain_lr
         _say("Float pre-training")
         trainer = make_trainer(settings, max_epochs=settings.pretrain_epochs, enable_checkpointing=False)
         trainer.fit(classifier, settings.data)
         classifier.prefix, classifier.settings["lr"] = "", peak
+    if settings.pretrain_epochs:
+        _keep(classifier, settings.output_dir / PRETRAINED)
     return score(settings, classifier, "float/")[0] if settings.test else None
+
+
+@rank_zero_only
+def _keep(classifier: Classifier, path: Path) -> None:
+    """Store a float network; a run that is resumed needs the one it began with, where it distills from it."""
+    write_whole(path, lambda temporary: save_model(classifier.model, str(temporary)))
+
+
+def _pretrained(ckpt_path: str) -> Path | None:
+    """Where a run that is resumed has stored the float network that it trained first."""
+    folder = Path(ckpt_path).parent
+    return next((path for path in (folder / PRETRAINED, folder.parent / PRETRAINED) if path.exists()), None)
 
 
 def _checkpoint(settings: Settings, trainer: Trainer) -> ModelCheckpoint | None:

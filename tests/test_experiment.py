@@ -86,6 +86,24 @@ def test_mixed_widths_are_found_trained_and_resumed(tmp_path, capsys):
         run(settings(tmp_path / "three", average_bits=3.5, ckpt_path=last, spec=other))
 
 
+def test_a_resumed_run_distills_from_the_float_network_that_it_trained(tmp_path):
+    def trained(folder, epochs, **changes):
+        made = settings(folder, pretrain_epochs=1, **changes)
+        made.trainer["max_epochs"] = epochs
+        made.callbacks.append(lq.SelfDistillation("model"))
+        return run(made)
+
+    one = trained(tmp_path / "one", 1)
+    last = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    two = trained(tmp_path / "two", 2, ckpt_path=str(last))
+    assert two.float_accuracy == one.float_accuracy is not None
+    names = [tmp_path / folder / "pretrained.safetensors" for folder in ("one", "two")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    names[0].unlink()
+    with pytest.raises(ValueError, match="the teacher must be that of the run that is resumed"):
+        trained(tmp_path / "three", 2, ckpt_path=str(last))
+
+
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path):
     for changes, message in (
         ({"quantization": False, "average_bits": 3.0}, "average_bits must be None for a float network, got 3.0"),

@@ -20,7 +20,7 @@ LAYERS = [
     {"point_search", "bit_allocation"},
     {"metrics", "tracking", "exporting", "checkpoints"},
     {"data", "classifier"},
-    {"callbacks", "flavour", "runs", "deployed"},
+    {"callbacks", "flavour", "runs", "outcome", "deployed"},
     {"evaluation"},
     {"experiment", "search_experiment", "evaluation_experiment"},
     {"cli"},
