@@ -115,8 +115,9 @@ def allocate_bits(
     free = [path for path in groups if path not in pinned]
     counts = {path: _weights(twins[0]) for path, twins in groups.items()}
     fixed = {path: plan.specs[path].weight_codes.bits for path in pinned}
-    budget = int(average_bits * sum(counts.values())) - sum(counts[path] * bits for path, bits in fixed.items())
-    _check_budget(average_bits, budget, counts, free, min(widths))
+    budget = math.floor(average_bits * sum(counts.values()) + 1e-6)  # a product of floats may be short of a whole bit
+    budget -= sum(counts[path] * bits for path, bits in fixed.items())
+    _check_budget(average_bits, budget, counts, fixed, min(widths))
     targets = [_as_logits(run(model, batch)) for batch in batches]
     losses: dict[str, dict[int, float]] = {path: {} for path in free}
     for path in tqdm(free, desc="measuring layers", unit="layer", disable=not progress):
@@ -179,7 +180,7 @@ def _paths(twins: list[PlannedLayer]) -> list[str]:
 
 def _pinned(twins: list[PlannedLayer], spec: QuantSpec) -> bool:
     """Whether a layer, or a tied twin, has a width of its own."""
-    if spec.first_last_bits is not None and any("block" in twin.reason for twin in twins):
+    if spec.first_last_bits is not None and any(twin.is_end for twin in twins):
         return True
     given = [glob for glob, changes in spec.overrides.items() if {"bits", "levels"} & changes.keys()]
     return any(matches(glob, twin.found.path, twin.found.class_names) for glob in given for twin in twins)
@@ -191,12 +192,12 @@ def _weights(planned: PlannedLayer) -> int:
     return weight.numel()
 
 
-def _check_budget(average_bits: float, budget: int, counts: dict[str, int], free: list[str], least: int) -> None:
-    missing = sum(counts[path] for path in free) * least - budget
-    if not free:
+def _check_budget(average_bits: float, budget: int, counts: dict[str, int], fixed: dict[str, int], least: int) -> None:
+    if len(fixed) == len(counts):
         raise ValueError("no layer is free to choose its width: first_last_bits=None, or fewer overrides, frees some")
-    if missing > 0:
-        possible = average_bits + missing / sum(counts.values())
+    if sum(count for path, count in counts.items() if path not in fixed) * least > budget:
+        needed = sum(count * fixed.get(path, least) for path, count in counts.items()) / sum(counts.values())
+        possible = math.ceil(needed * 1000 - 1e-6) / 1000  # what is named must be enough
         raise ValueError(
             f"average_bits must be at least {possible:.3f} here, got {average_bits}: that is every free layer at "
             f"{least} bits. Raise it, or lower first_last_bits, overrides or the smallest of widths"

@@ -99,6 +99,30 @@ def test_given_widths_stay_and_tied_layers_share_one():
     assert found.spec.layer("4").bits == found.bits["4"]
 
 
+@pytest.mark.parametrize("name", ["blocks", "layers"])
+def test_tied_layers_choose_whatever_their_path_is_called(name):
+    torch.manual_seed(0)
+    parts = [nn.Linear(8, 8) for _ in range(5)]
+    parts[2].weight = parts[1].weight
+    model = nn.Sequential()
+    model.add_module(name, nn.Sequential(*parts))
+    found = lq.allocate_bits(model, [torch.randn(32, 8)], average_bits=6, progress=False)
+    assert set(found.losses) == {f"{name}.1", f"{name}.3"}
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 7), (8, 8, 8), (11, 13, 2), (9, 4, 6)])
+def test_the_least_budget_that_is_named_is_enough(sizes):
+    torch.manual_seed(0)
+    a, b, c = sizes
+    model, batches = nn.Sequential(nn.Linear(a, b), nn.Linear(b, c), nn.Linear(c, a)), [torch.randn(16, a)]
+    with pytest.raises(ValueError, match="average_bits must be at least") as refused:
+        lq.allocate_bits(model, batches, average_bits=2, progress=False)
+    least = float(str(refused.value).split("at least ")[1].split()[0])
+    found = lq.allocate_bits(model, batches, average_bits=least, progress=False)
+    assert found.bits == {"0": 8, "1": 2, "2": 8}
+    assert found.average_bits == pytest.approx(least, abs=1e-3)
+
+
 def test_bad_input_names_what_is_possible(network):
     model, batches = network
     with pytest.raises(ValueError, match=r"average_bits must be at least 3\.\d+ here, got 1.5: .* 2 bits. Raise it"):

@@ -1,7 +1,7 @@
 """Decide which layer gets which spec, before anything is touched."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -25,11 +25,13 @@ class PlannedLayer:
         found: the layer.
         spec: how to quantize it; None to skip it.
         reason: why it is skipped, or what is special about it.
+        is_end: whether it is the first or the last block.
     """
 
     found: Found
     spec: LayerSpec | None
     reason: str
+    is_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _planned(found: Found, spec: QuantSpec, role: str, order: Sequence[str] | No
     if spec.exclude is not None and any(matches(g, found.path, names) for g in spec.exclude):
         return PlannedLayer(found, None, "excluded")
     layer = spec.layer(found.path, class_names=names, first_or_last=bool(role))
-    return PlannedLayer(found, layer, role)
+    return PlannedLayer(found, layer, role, bool(role))
 
 
 def _tie(layers: list[PlannedLayer]) -> list[PlannedLayer]:
@@ -151,12 +153,9 @@ def _tie(layers: list[PlannedLayer]) -> list[PlannedLayer]:
     for members in groups.values():
         widest = max(members, key=lambda i: (layers[i].spec or LayerSpec()).bits)
         for i in members:
-            if i != members[0]:
-                note = f"weight tied to {layers[members[0]].found.path}"
-                reason = ", ".join(filter(None, (layers[i].reason, note)))
-                layers[i] = PlannedLayer(layers[i].found, layers[widest].spec, reason)
-            else:
-                layers[i] = PlannedLayer(layers[i].found, layers[widest].spec, layers[i].reason)
+            note = "" if i == members[0] else f"weight tied to {layers[members[0]].found.path}"
+            reason = ", ".join(filter(None, (layers[i].reason, note)))
+            layers[i] = replace(layers[i], spec=layers[widest].spec, reason=reason)
     return layers
 
 
