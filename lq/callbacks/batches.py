@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
 from lq.calibration import default_forward
@@ -62,8 +63,6 @@ def training_batches(trainer: Any, count: int, *, disturb: bool = True) -> Itera
     Raises:
         UncopyableError: for such a loader, where it must not be disturbed.
     """
-    from torch.utils._pytree import tree_map_only
-
     kept: list[tuple[torch.Generator, torch.Tensor]] = []
 
     def twin(loader: Any) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from lq.callbacks.outputs import as_logits, check_shapes, feature, kind
 from lq.callbacks.parts import descend, paths_near
 from lq.callbacks.patches import Patches
 from lq.checks import require_integer, require_number
@@ -92,9 +94,10 @@ class SelfDistillation(Callback):
         self.student, self.temperature = student, temperature
         self.weight, self.task_weight = weight, task_weight
         self.features, self.feature_weight = list(features), feature_weight
-        self.logits, self.dim = logits or _as_logits, dim
+        self.logits, self.dim = logits or as_logits, dim
         self.given, self.teacher = teacher, None
         self._patches, self._handles, self._terms = Patches(), list[Any](), list[Tensor]()
+        self._targets: list[Any] = []  # what the teacher gave for calls of the student that have not returned yet
         self._active, self._fingerprint = False, ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,7 +112,7 @@ class SelfDistillation(Callback):
         self.teacher, restore = None, pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._copy(pl_module)
+            self._copy(pl_module, trainer.precision_plugin.convert_module)  # of the module that comes later than this
             restore(checkpoint)
 
         self._patches.put(pl_module, "on_load_checkpoint", on_load_checkpoint)
@@ -133,15 +136,22 @@ class SelfDistillation(Callback):
             finally:
                 self._active = False
                 self._terms.clear()
+                self._targets.clear()
 
         self._patches.put(pl_module, "training_step", training_step)
         mine, theirs = self._watch(student), self._watch(teacher)
 
-        def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def teach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._active and torch.is_grad_enabled():  # a look without gradients is no step
-                self._terms.append(self._term(output, self._taught(teacher, args, kwargs), mine, theirs))
+                # before the student, and of a copy: either may change its input in place
+                self._targets.append(self._taught(teacher, *tree_map_only(Tensor, _copied, (args, kwargs))))
 
-        self._handles.append(student.register_forward_hook(compare, with_kwargs=True))
+        def compare(_: nn.Module, _args: Any, output: Any) -> None:
+            if self._active and torch.is_grad_enabled():
+                self._terms.append(self._term(output, self._targets.pop(), mine, theirs))
+
+        self._handles.append(student.register_forward_pre_hook(teach, with_kwargs=True))
+        self._handles.append(student.register_forward_hook(compare))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
@@ -167,13 +177,14 @@ class SelfDistillation(Callback):
                 "same float checkpoint before fit(ckpt_path=...), or give teacher="
             )
 
-    def _copy(self, pl_module: LightningModule) -> None:
+    def _copy(self, pl_module: LightningModule, convert: Callable[[nn.Module], nn.Module] | None = None) -> None:
         if self.teacher is not None:
             return
         student = self._student(pl_module)
         teacher = copy.deepcopy(student if self.given is None else self.given)
         if self.given is None:
             dequantize_model(teacher, keep_latent=True)
+            teacher = teacher if convert is None else convert(teacher)
         self.teacher, self._fingerprint = teacher.eval().requires_grad_(False), _fingerprint(teacher)
 
     def _student(self, pl_module: LightningModule) -> nn.Module:
@@ -194,7 +205,7 @@ class SelfDistillation(Callback):
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"teacher must take the student's inputs, {[_kind(a) for a in (*args, *kwargs.values())]}, got "
+                f"teacher must take the student's inputs, {[kind(a) for a in (*args, *kwargs.values())]}, got "
                 f"{type(teacher).__name__}, which fails on them: {error}. Choose a teacher for the same data"
             ) from error
 
@@ -220,13 +231,13 @@ class SelfDistillation(Callback):
         term = torch.zeros(())
         if self.weight:  # without, a teacher may have other classes, or none
             z, t = self.logits(output), self.logits(target)
-            _check_shapes("logits", z, t, "choose a teacher for the same classes")
+            check_shapes("logits", z, t, "choose a teacher for the same classes")
             if not -z.ndim <= self.dim < z.ndim:
                 raise ValueError(f"dim must be one of logits {tuple(z.shape)}, got {self.dim}: 1 is usual")
             term = self.weight * distillation_loss(z, t, temperature=self.temperature, dim=self.dim)
         for path in self.features:
-            pair = _feature(path, mine, "student"), _feature(path, theirs, "teacher")
-            _check_shapes(f"features {path!r}", *pair, "leave them out, or choose parts of one width")
+            pair = feature(path, mine, "student"), feature(path, theirs, "teacher")
+            check_shapes(f"features {path!r}", *pair, "leave them out, or choose parts of one width")
             term = term + self.feature_weight / len(self.features) * feature_loss(*pair)
         return term
 
@@ -252,33 +263,8 @@ class SelfDistillation(Callback):
         self._patches.undo()
 
 
-def _as_logits(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"student and teacher must return logits, got {type(output).__name__}: give logits=, which takes them from "
-            "what is returned"
-        )
-    return output
-
-
-def _feature(path: str, seen: dict[str, Tensor], whose: str) -> Tensor:
-    value = seen.get(path)
-    if not isinstance(value, Tensor):
-        what = "did not run" if value is None else f"returned {type(value).__name__}"
-        raise ValueError(f"features must be parts that return a tensor, got {path!r}, which {what} in the {whose}")
-    return value
-
-
-def _check_shapes(what: str, student: Tensor, teacher: Tensor, fix: str) -> None:
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"{what} of student and teacher must have one shape, got {tuple(student.shape)} and "
-            f"{tuple(teacher.shape)}: {fix}"
-        )
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().clone()
 
 
 def _fingerprint(network: nn.Module) -> str:
