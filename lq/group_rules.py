@@ -84,9 +84,16 @@ class GroupRules:
 
     @staticmethod
     def _group(group: dict[str, Any], rule: Rule, params: list[Any]) -> dict[str, Any]:
-        apart = {**group, "params": params, "lr": group["lr"] * rule.lr}
-        if "weight_decay" in apart:
-            apart["weight_decay"] = group["weight_decay"] * rule.weight_decay
+        apart = {**group, "params": params}
+        for name in ("lr", "weight_decay"):
+            if (factor := getattr(rule, name)) != 1 and name in group:
+                if group[name] is not None:
+                    apart[name] = group[name] * factor
+                elif name == "lr":  # chosen by the optimizer itself
+                    raise ValueError(
+                        f"the learning rate must be a number where some parameters learn at {factor} times it, got "
+                        "None: give the optimizer lr=..., or set scale_lr_factor=1"
+                    )
         return apart
 
     def _merge(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

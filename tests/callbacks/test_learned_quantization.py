@@ -465,3 +465,25 @@ def test_a_quantized_network_learns_real_digits():
 def test_callbacks_with_the_whole_spec():
     spec = lq.QuantSpec(bits=5)
     assert lq.LearnedQuantization(spec).spec is spec
+
+
+class Relative(torch.optim.Optimizer):
+    """Chooses its steps itself, as Adafactor does without a learning rate."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": None, "weight_decay": 0.0})
+
+    def step(self, closure=None):
+        loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(0.01 * parameter.grad)
+        return loss
+
+
+def test_an_optimizer_without_a_learning_rate_is_served():
+    trainer = fit(Plain(optimizer=Relative), [lq.LearnedQuantization()])
+    assert trainer.global_step == 12
+    with pytest.raises(ValueError, match="learning rate must be a number where some parameters learn at 0.1 times it"):
+        fit(Plain(optimizer=Relative), [lq.LearnedQuantization(scale_lr_factor=0.1)])
