@@ -9,8 +9,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lq.calibration import uncalibrated_layers
 from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
+from lq.callbacks.forget import forget_best
 from lq.callbacks.progressive import ProgressiveBits
-from lq.callbacks.steps import StepCounter, forget_best
+from lq.callbacks.steps import StepCounter
 from lq.checks import require_integer, require_number
 from lq.nn import named_quantized_layers
 
@@ -22,8 +23,8 @@ _say = rank_zero_only(print)
 class DelayedActivations(StepCounter):
     """Quantizes weights alone at first, inputs of layers only after a part of the fit.
 
-    When the time has come the levels of all inputs are set from training batches, and a `ModelCheckpoint` that keeps
-    the best forgets what it saw before: those networks had float activations.
+    When the time has come the levels of all inputs are set from training batches, for good, and what keeps the best of
+    a metric (`ModelCheckpoint`, `EarlyStopping`, `lq.HoldOnPlateau`) forgets it: those networks had float activations.
 
     Args:
         until: fraction of the fit without quantized activations.
@@ -57,8 +58,9 @@ class DelayedActivations(StepCounter):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew; a checkpoint's state is loaded after this."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.step, self.switched = 0, False
+            self.switched = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is an end, and no second network whose inputs would stay in float."""
@@ -73,17 +75,18 @@ class DelayedActivations(StepCounter):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep inputs in float, or set their levels when the time has come."""
-        if self.step < min(self.until * self.total, self.total - 1):  # the last step at the latest
+        if self.switched:
+            return
+        if self.part < self.until and not self.ends:
             for layer in named_quantized_layers(pl_module).values():
                 if layer.input_quantizer is not None and layer.input_quantizer.is_calibrated:
                     layer.input_quantizer.forget_()
             return
-        if not self.switched:
-            self.switched, missing = True, uncalibrated_layers(pl_module)
-            count, forward = self.calibration_batches, self.calibration_forward
-            recalibrate_on_training_batches(trainer, pl_module, count, forward, missing)
-            _say(f"Step {self.step}: activations are quantized from now on")
-            forget_best(trainer)
+        self.switched, missing = True, uncalibrated_layers(pl_module)
+        count, forward = self.calibration_batches, self.calibration_forward
+        recalibrate_on_training_batches(trainer, pl_module, count, forward, missing)
+        _say(f"Step {self.step}: activations are quantized from now on")
+        forget_best(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a fit that ended before its time."""
@@ -98,7 +101,7 @@ class DelayedActivations(StepCounter):
         Returns:
             Plain Python values.
         """
-        return {"step": self.step, "switched": self.switched}
+        return super().state_dict() | {"switched": self.switched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written.
@@ -106,4 +109,5 @@ class DelayedActivations(StepCounter):
         Args:
             state_dict: from `state_dict`.
         """
-        self.step, self.switched = state_dict["step"], state_dict["switched"]
+        super().load_state_dict(state_dict)
+        self.switched = state_dict["switched"]

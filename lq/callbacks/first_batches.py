@@ -173,7 +173,7 @@ def training_norms(pl_module: nn.Module) -> list[str]:
     """Paths of the batch norms that gather statistics in training: frozen ones, and a teacher's, do not.
 
     Args:
-        pl_module: as a training step finds it.
+        pl_module: as a training step leaves it.
 
     Returns:
         Their paths.

@@ -23,8 +23,8 @@ class IterativeFreezing(StepCounter):
 
     The threshold falls along a cosine over the fit. Place it behind `LearnedQuantization`. Frozen weights follow their
     level, which goes on learning. Layers that compute their weight from others (standardization, normalization), or
-    whose scale widens while sums overflow (oaq: held at their codes, weights would grow with it), are left alone and
-    named.
+    whose scale follows sums or moments of the weights (oaq, pact: held at their codes, weights would move it), are left
+    alone and named.
 
     Args:
         threshold_start: share of steps on which a weight may turn back at the start.
@@ -54,8 +54,9 @@ class IterativeFreezing(StepCounter):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew; a checkpoint's state is loaded after this."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.states, self._levels, self.step = {}, {}, 0
+            self.states, self._levels = {}, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers cannot be frozen."""
@@ -63,8 +64,8 @@ class IterativeFreezing(StepCounter):
         left = [path for path, layer in distinct_weights(pl_module) if not _can_freeze(layer)]
         if left:
             rank_zero_warn(
-                "layers whose weight is computed, or whose scale widens while sums overflow, cannot be frozen and are "
-                f"left alone: {left}"
+                "layers whose weight is computed, or whose scale widens while sums overflow or follows the weights' "
+                f"moments, cannot be frozen and are left alone: {left}"
             )
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class IterativeFreezing(StepCounter):
         Args:
             pl_module: the module that is trained.
         """
-        threshold = ramp(*self.thresholds, self.total, "cosine")(self.step)
+        threshold = ramp(*self.thresholds, 1, "cosine")(self.part)
         followed = [(path, layer) for path, layer in distinct_weights(pl_module) if _can_freeze(layer)]
         for path, layer in followed:
             self.states[path] = self._follow(path, layer, threshold)
@@ -105,7 +106,7 @@ class IterativeFreezing(StepCounter):
             Steps and tensors.
         """
         layers = {path: state._asdict() for path, state in self.states.items()}
-        return {"step": self.step, "levels": dict(self._levels), "layers": layers}
+        return super().state_dict() | {"levels": dict(self._levels), "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written.
@@ -113,13 +114,14 @@ class IterativeFreezing(StepCounter):
         Args:
             state_dict: from `state_dict`.
         """
-        self.step, self._levels = state_dict["step"], dict(state_dict["levels"])
+        super().load_state_dict(state_dict)
+        self._levels = dict(state_dict["levels"])
         self.states = {path: Oscillation(**parts) for path, parts in state_dict["layers"].items()}
 
 
 def _can_freeze(layer: QuantLayer) -> bool:
-    derived = layer.computes_weight or layer.weight_normalizer is not None
-    return not (derived or layer.weight_quantizer.watches_sums)
+    derived, quantizer = layer.computes_weight or layer.weight_normalizer is not None, layer.weight_quantizer
+    return not (derived or quantizer.watches_sums or quantizer.follows_moments)
 
 
 def _weight(layer: QuantLayer) -> Tensor:

@@ -28,7 +28,7 @@ from lq.callbacks.guards import (
 from lq.callbacks.patches import Patches
 from lq.callbacks.regularization import add_regularizer, check_regularizer
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
-from lq.callbacks.steps import steps_of_fit
+from lq.callbacks.steps import moves_weights, steps_of_fit
 from lq.callbacks.tracker import QuantizationTracker, log_report
 from lq.checkpoints import checkpoint_entry, restore_plan
 from lq.group_rules import GroupRules, Rule, decay_rules
@@ -182,26 +182,25 @@ class LearnedQuantization(Callback):
         """Set the slope of this step."""
         set_slope(pl_module, self.annealing.slope)
         self._stepped, self._drifted = False, True  # a batch moves the statistics of batch norms
-        if batch_idx == 0 or self._norms is None:  # a resume may begin in the middle of an epoch
-            self._norms = training_norms(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Add the gradient of the regularizer, once per step, after unscaling and before clipping."""
-        groups = optimizer.param_groups
-        if all(p.grad is None for group in groups for p in group["params"]):
+        if not moves_weights(optimizer):
             return  # training_step skipped the batch
         self._stepped = True
         if self.annealing.strength:
             factor = self.annealing.strength * loss_scale(trainer, optimizer)
-            value = add_regularizer(pl_module, groups, self.anneal, factor)
+            value = add_regularizer(pl_module, optimizer.param_groups, self.anneal, factor)
             self._regularizer = self._regularizer if value is None else value
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the step, check for collapse, log when due."""
+        if batch_idx == 0 or self._norms is None:  # the module may freeze norms as late as in its own step
+            self._norms = training_norms(pl_module)
         returned = outputs.get("loss") if isinstance(outputs, dict) else outputs
         loss = self._loss = returned if isinstance(returned, torch.Tensor) else None
         due = self._stepped and self.tracker.due(trainer, self.annealing.step + 1)
@@ -230,6 +229,16 @@ class LearnedQuantization(Callback):
         check_stepped(self.annealing.step)
         if self._drifted:
             self._reestimate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a slope that never arrived: how often a module steps its optimizers itself is not known before."""
+        of_the_fit = isinstance(self.anneal.anneal_steps, float)
+        if of_the_fit and not pl_module.automatic_optimization and self.annealing.rises:
+            rank_zero_warn(
+                f"the fit ended after {self.annealing.step} optimizer steps, the slope rises for "
+                f"{self.annealing.steps}. This module optimizes manually, less than once a batch or with several "
+                "optimizers: give anneal_steps and strength_start as integers, in optimizer steps"
+            )
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -6,13 +6,14 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
+from lq.callbacks.forget import forget_best
 from lq.callbacks.learned_quantization import LearnedQuantization
-from lq.callbacks.steps import StepCounter, forget_best
+from lq.callbacks.steps import StepCounter
 from lq.checks import require_integer, require_number
 from lq.network import quantizers, scale_parameters, set_slope
 from lq.nn import named_quantized_layers
@@ -30,8 +31,9 @@ class ProgressiveBits(StepCounter):
 
     At each change levels are set anew, of weights from the weights and of inputs from training batches. Layers that end
     with more bits than a stage has keep theirs; all stages have the last one's ``grid``; where a subset has fewer
-    candidates than a stage has points, that stage has evenly spaced ones. A `ModelCheckpoint` that keeps
-    the best forgets, when the last stage begins, what it saw before: those networks had other widths.
+    candidates than a stage has points, that stage has evenly spaced ones. What keeps the best of a metric
+    (`ModelCheckpoint`, `EarlyStopping`, `lq.HoldOnPlateau`) forgets it at each change: those networks had other widths.
+    A resumed fit that is longer than the one before never goes back to more bits.
 
     Args:
         bits: widths of the stages before the last, falling.
@@ -75,7 +77,8 @@ class ProgressiveBits(StepCounter):
         """Start anew; a checkpoint's state is loaded after this."""
         if stage != "fit":
             return
-        self.step, self.stage, self.last = 0, -1, {}
+        super().setup(trainer, pl_module, stage)
+        self.stage, self.last = -1, {}
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if any(isinstance(c, LearnedQuantization) and c.anneal.start_rounding for c in callbacks):
             raise ValueError(
@@ -92,9 +95,9 @@ class ProgressiveBits(StepCounter):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change the widths when a stage begins."""
         self.last = self.last or layer_specs(pl_module)
-        part = self.step / (self.until * self.total)
-        stage = min(int(part * len(self.bits)), len(self.bits))
-        if stage != self.stage:
+        reached = self.part / self.until * len(self.bits) + 1e-9  # a third of the fit, thrice, may be less than all
+        stage = len(self.bits) if self.ends else min(int(reached), len(self.bits))
+        if stage > self.stage:
             self.stage = stage
             self._change(trainer, pl_module)
 
@@ -117,8 +120,16 @@ class ProgressiveBits(StepCounter):
         recalibrate_on_training_batches(trainer, pl_module, count, forward, changed)
         widths = sorted({layer.weight_quantizer.codes.bits for layer in named_quantized_layers(pl_module).values()})
         _say(f"Step {self.step}: weights of {', '.join(map(str, widths))} bits")
-        if final and self.step:
+        if self.step:
             forget_best(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a fit that ended before its last stage."""
+        if self.stage < len(self.bits):
+            rank_zero_warn(
+                f"the fit ended after {self.step} steps, before its last stage: weights have {self.bits[self.stage]} "
+                "bits, or their own where those are more. Train longer, or give ProgressiveBits a smaller until"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Step, stage, and the specs of the last stage.
@@ -127,7 +138,7 @@ class ProgressiveBits(StepCounter):
             Plain Python values.
         """
         last = {path: spec.to_dict() for path, spec in self.last.items()}
-        return {"step": self.step, "stage": self.stage, "last": last}
+        return super().state_dict() | {"stage": self.stage, "last": last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written.
@@ -135,7 +146,8 @@ class ProgressiveBits(StepCounter):
         Args:
             state_dict: from `state_dict`.
         """
-        self.step, self.stage = state_dict["step"], state_dict["stage"]
+        super().load_state_dict(state_dict)
+        self.stage = state_dict["stage"]
         self.last = {path: LayerSpec(**spec) for path, spec in state_dict["last"].items()}
 
 

@@ -168,6 +168,11 @@ class Annealing:
         return ramp(self.spec.slope_start, self.spec.slope_end, self.steps or 1)(at)
 
     @property
+    def rises(self) -> bool:
+        """Whether the slope has not arrived yet, and is not held."""
+        return self.held_at is None and self.step < (self.steps or 1)
+
+    @property
     def strength(self) -> float:
         """Strength of the regularizer at the present step; 0 without one."""
         start = self.start or 0
@@ -218,6 +223,10 @@ class Annealing:
             self.waited += 1
         if agree(self.waited > hold.patience, all=False):
             self._hold(self.step)
+
+    def forget_best(self) -> None:
+        """Begin the plateau criterion anew: the network has become another one."""
+        self.best, self.waited = None, 0
 
     def _hold(self, step: int) -> None:
         if self.held_at is None:

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lq.nn import named_quantized_layers
 
-__all__ = ["StepCounter", "forget_best", "steps_of_fit"]
+__all__ = ["StepCounter", "moves_weights", "part_of_fit", "steps_of_fit"]
 
 
 def steps_of_fit(trainer: Trainer) -> float:
@@ -25,19 +24,59 @@ def steps_of_fit(trainer: Trainer) -> float:
     return math.inf if total < 0 else total
 
 
+def part_of_fit(trainer: Trainer, batches: int) -> float:
+    """Part of a fit that is over, from 0 to 1, by whichever of its limits ends it first.
+
+    It needs no number of optimizer steps, which nobody knows beforehand where a module steps its optimizers itself.
+
+    Args:
+        trainer: of the fit.
+        batches: of the present epoch that it has seen.
+
+    Returns:
+        The part; 0 for a fit without an end.
+    """
+    epochs, whole = trainer.max_epochs or 0, trainer.num_training_batches
+    known = epochs > 0 and 0 < whole < math.inf
+    by_epochs = (trainer.current_epoch * whole + batches) / (epochs * whole) if known else 0.0
+    by_steps = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
+    return min(1.0, max(by_epochs, by_steps))
+
+
+def moves_weights(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step that an optimizer is about to make moves any weight.
+
+    Args:
+        optimizer: about to step.
+
+    Returns:
+        False where no parameter has a gradient, as behind a training_step that skipped the batch.
+    """
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
 class StepCounter(Callback):
     """Counts the optimizer steps of a fit: batches that were accumulated or skipped are none.
 
     Attributes:
-        step: optimizer steps so far; a subclass keeps it in its checkpoint.
-        total: optimizer steps that the fit has.
+        step: optimizer steps so far.
+        part: of the fit that was over when the last of them had been made. It never falls: where a resumed fit is
+            longer than the one before, what has happened by then is not undone.
     """
 
     def __init__(self) -> None:
         """Nothing is counted yet."""
         super().__init__()
-        self.step, self.total = 0, 1
+        self._restart()
+
+    def _restart(self) -> None:
+        self.step, self.part, self._length = 0, 0.0, 1.0
         self._stepped = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start anew; a checkpoint's state is loaded after this."""
+        if stage == "fit":
+            self._restart()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the fit has an end, and the network quantized layers.
@@ -53,13 +92,22 @@ class StepCounter(Callback):
         total = steps_of_fit(trainer)
         if math.isinf(total):
             raise ValueError(f"{type(self).__name__} needs a fit with an end, got none: set Trainer(max_epochs=...)")
-        self.total = max(1, int(total))
+        self._length = 1 / max(1.0, total)
+        self._advance(trainer, 0)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the next optimizer step is the last one, as far as can be told from the one before."""
+        return self.part + self._length > 1 - 1e-9
+
+    def _advance(self, trainer: Trainer, batches: int) -> None:
+        self.part = max(self.part, part_of_fit(trainer, batches))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Weights are about to move."""
-        self._stepped = True
+        self._stepped = self._stepped or moves_weights(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,7 +115,10 @@ class StepCounter(Callback):
         """Count the step."""
         if self._stepped:
             self._stepped = False
-            self.step += 1
+            self.step, before = self.step + 1, self.part
+            self._advance(trainer, batch_idx + 1)
+            if not pl_module.automatic_optimization:  # how often it steps shows only now
+                self._length = self.part - before
             self.after_step(pl_module)
 
     def after_step(self, pl_module: LightningModule) -> None:
@@ -77,15 +128,18 @@ class StepCounter(Callback):
             pl_module: the module that is trained.
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """Steps so far, and the part of the fit; a subclass adds its own.
 
-def forget_best(trainer: Trainer) -> None:
-    """Have every `ModelCheckpoint` that keeps the best forget what it saw: what comes now is another network.
+        Returns:
+            Plain Python values.
+        """
+        return {"step": self.step, "part": self.part}
 
-    Args:
-        trainer: of a running fit.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            callback.best_k_models, callback.best_model_path, callback.best_model_score = {}, "", None
-            worst = float("-inf") if callback.mode == "max" else float("inf")
-            callback.kth_best_model_path, callback.kth_value = "", torch.tensor(worst)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written.
+
+        Args:
+            state_dict: from `state_dict`.
+        """
+        self.step, self.part = state_dict["step"], state_dict.get("part", 0.0)  # once there was no part

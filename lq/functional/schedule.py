@@ -8,7 +8,7 @@ __all__ = ["SCHEDULES", "ramp"]
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def ramp(start: float, end: float, steps: int, kind: str = "linear") -> Callable[[int], float]:
+def ramp(start: float, end: float, steps: int, kind: str = "linear") -> Callable[[float], float]:
     """Ramp from ``start`` to ``end`` over ``steps`` optimizer steps, then held::
 
         constant  end
@@ -36,7 +36,7 @@ def ramp(start: float, end: float, steps: int, kind: str = "linear") -> Callable
     if kind not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {kind!r}: choose one of those")
 
-    def value(step: int) -> float:
+    def value(step: float) -> float:
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}: count optimizer steps from 0")
         t = 1.0 if kind == "constant" else min(step / steps, 1.0)

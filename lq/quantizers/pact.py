@@ -56,6 +56,8 @@ class SAWBQuantizer(ComputedScaleQuantizer):
     [-0.9, 0.9, -0.9, 0.9, 0.0]
     """
 
+    follows_moments = True
+
     def __init__(self, codes: CodeRange, **common: Any) -> None:
         """See that the number of levels has coefficients."""
         super().__init__(codes, **common)

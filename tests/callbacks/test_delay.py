@@ -82,6 +82,19 @@ def test_a_fit_that_ends_before_its_time_is_named():
         fit(module(), [quantization, lq.DelayedActivations(), Stops()], loader(10, shape=SHAPE))
 
 
+@pytest.mark.parametrize(("until", "longer"), [(0.5, 8), (0.3, 14)])
+def test_activations_that_are_quantized_stay_so_in_a_longer_fit(tmp_path, until, longer):
+    def trained(folder, epochs, ckpt_path=None):
+        seen, saver = Inputs(), ModelCheckpoint(folder, save_last=True)
+        quantization = lq.LearnedQuantization(bits=3, calibration_batches=2)
+        callbacks = [quantization, lq.DelayedActivations(until=until), seen, saver]
+        run(folder, module(), callbacks, ckpt_path, data=loader(4, shape=SHAPE), epochs=epochs)
+        return seen.seen
+
+    assert trained(tmp_path / "first", 4)[-1] == 0
+    assert set(trained(tmp_path / "second", longer, tmp_path / "first" / "last.ckpt")) == {0}
+
+
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="until must lie between 0 and 1, got 1"):
         lq.DelayedActivations(until=1)

@@ -43,6 +43,22 @@ def test_frozen_ones_those_of_a_teacher_and_those_that_no_batch_reaches_are_left
     assert module.net[4].num_batches_tracked == 12
 
 
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_start", "training_step"])
+def test_norms_that_the_module_freezes_in_a_hook_of_its_own_are_left_alone(hook):
+    class Freezes(Plain):
+        def freeze(self, *args):
+            self.net[1].eval()
+            return super().training_step(*args) if hook == "training_step" else None
+
+    setattr(Freezes, hook, Freezes.freeze)
+    torch.manual_seed(0)
+    module = Freezes(small_cnn())
+    module.net[1].running_mean.fill_(0.25)
+    fit(module, [lq.LearnedQuantization()], loader(shape=SHAPE))
+    assert module.net[1].running_mean.eq(0.25).all()
+    assert module.net[4].num_batches_tracked == 12
+
+
 def test_a_module_without_batch_norms_is_not_copied_for_them():
     class Keeps(Plain):
         def training_step(self, batch, batch_idx):

@@ -1,0 +1,33 @@
+"""What remembers the best of a metric, when the network becomes another one in the course of a fit."""
+
+import math
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from lq.callbacks.learned_quantization import LearnedQuantization
+
+__all__ = ["forget_best"]
+
+
+def forget_best(trainer: Trainer) -> None:
+    """Have all that compares a metric with its best forget what it saw: what comes now is another network.
+
+    That is every `ModelCheckpoint` that keeps the best, every `EarlyStopping`, and `lq.HoldOnPlateau`.
+
+    Args:
+        trainer: of a running fit.
+    """
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(callback, ModelCheckpoint):
+            callback.best_k_models, callback.best_model_path, callback.best_model_score = {}, "", None
+            callback.kth_best_model_path, callback.kth_value = "", _worst(callback.mode)
+        elif isinstance(callback, EarlyStopping):
+            callback.best_score, callback.wait_count = _worst(callback.mode), 0
+        elif isinstance(callback, LearnedQuantization):
+            callback.annealing.forget_best()
+
+
+def _worst(mode: str) -> torch.Tensor:
+    return torch.tensor(-math.inf if mode == "max" else math.inf)
