@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 from lq.callbacks.outputs import as_logits, check_shapes, feature, kind
@@ -97,7 +98,7 @@ class SelfDistillation(Callback):
         self.logits, self.dim = logits or as_logits, dim
         self.given, self.teacher = teacher, None
         self._patches, self._handles, self._terms = Patches(), list[Any](), list[Tensor]()
-        self._targets: list[Any] = []  # what the teacher gave for calls of the student that have not returned yet
+        self._inputs: list[Any] = []  # of calls of the student that have not returned yet
         self._active, self._fingerprint = False, ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -136,21 +137,23 @@ class SelfDistillation(Callback):
             finally:
                 self._active = False
                 self._terms.clear()
-                self._targets.clear()
+                self._inputs.clear()
 
         self._patches.put(pl_module, "training_step", training_step)
         mine, theirs = self._watch(student), self._watch(teacher)
 
-        def teach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._active and torch.is_grad_enabled():  # a look without gradients is no step
-                # before the student, and of a copy: either may change its input in place
-                self._targets.append(self._taught(teacher, *tree_map_only(Tensor, _copied, (args, kwargs))))
+                # the student may change them in place before the teacher sees them
+                self._inputs.append(tree_map_only(Tensor, _copied, (args, kwargs)))
 
         def compare(_: nn.Module, _args: Any, output: Any) -> None:
             if self._active and torch.is_grad_enabled():
-                self._terms.append(self._term(output, self._targets.pop(), mine, theirs))
+                target = self._taught(teacher, *self._inputs.pop())
+                with saved_tensors_hooks(_same, _same):  # where checkpointing repeats the student, this is not repeated
+                    self._terms.append(self._term(output, target, mine, theirs))
 
-        self._handles.append(student.register_forward_pre_hook(teach, with_kwargs=True))
+        self._handles.append(student.register_forward_pre_hook(keep, with_kwargs=True))
         self._handles.append(student.register_forward_hook(compare))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -265,6 +268,10 @@ class SelfDistillation(Callback):
 
 def _copied(value: Tensor) -> Tensor:
     return value.detach().clone()
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
 
 
 def _fingerprint(network: nn.Module) -> str:
