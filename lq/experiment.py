@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 
 from lq.bit_allocation import WIDTHS, allocate_bits
 from lq.callbacks import LearnedQuantization
@@ -192,6 +192,8 @@ def _float_stage(settings: Settings, classifier: Classifier) -> float | None:
     if settings.pretrain_epochs and settings.ckpt_path is not None:
         if (stored := _pretrained(settings.ckpt_path)) is None:
             return None  # a run from before it was stored
+        widest = (tensor.dtype for tensor in load_file(stored).values() if tensor.is_floating_point())
+        classifier.model.to(next(widest, torch.float32))  # that of trainer.precision: nothing is rounded
         load_model(classifier.model, stored)
     elif settings.pretrain_epochs:
         classifier.prefix, peak = "float/", classifier.settings["lr"]

@@ -86,10 +86,11 @@ def test_mixed_widths_are_found_trained_and_resumed(tmp_path, capsys):
         run(settings(tmp_path / "three", average_bits=3.5, ckpt_path=last, spec=other))
 
 
-def test_a_resumed_run_distills_from_the_float_network_that_it_trained(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_resumed_run_distills_from_the_float_network_that_it_trained(tmp_path, precision):
     def trained(folder, epochs, **changes):
         made = settings(folder, pretrain_epochs=1, **changes)
-        made.trainer["max_epochs"] = epochs
+        made.trainer |= {"max_epochs": epochs, "precision": precision}
         made.callbacks.append(lq.SelfDistillation("model"))
         return run(made)
 
