@@ -24,7 +24,8 @@ class DelayedActivations(StepCounter):
     """Quantizes weights alone at first, inputs of layers only after a part of the fit.
 
     When the time has come the levels of all inputs are set from training batches, for good, and what keeps the best of
-    a metric (`ModelCheckpoint`, `EarlyStopping`, `lq.HoldOnPlateau`) forgets it: those networks had float activations.
+    a metric (`ModelCheckpoint`, whose files stay, `EarlyStopping`, `ReduceLROnPlateau`, `lq.HoldOnPlateau`) forgets it:
+    those networks had float activations.
 
     Args:
         until: fraction of the fit without quantized activations.
@@ -50,17 +51,17 @@ class DelayedActivations(StepCounter):
     ) -> None:
         """Validate; nothing is touched before the first batch."""
         super().__init__()
+        self.switched = False
         fix = "0.3 leaves most of the fit to activations"
         require_number("until", until, lambda v: 0 < v < 1, "lie between 0 and 1", fix)
         require_integer("calibration_batches", calibration_batches, 1, fix="try 4")
-        self.until, self.switched = until, False
+        self.until = until
         self.calibration_batches, self.calibration_forward = calibration_batches, calibration_forward
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start anew; a checkpoint's state is loaded after this."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.switched = False
+    def restart(self) -> None:
+        """Begin with float activations."""
+        super().restart()
+        self.switched = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is an end, and no second network whose inputs would stay in float."""

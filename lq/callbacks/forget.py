@@ -5,6 +5,7 @@ import math
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lq.callbacks.learned_quantization import LearnedQuantization
 
@@ -14,7 +15,8 @@ __all__ = ["forget_best"]
 def forget_best(trainer: Trainer) -> None:
     """Have all that compares a metric with its best forget what it saw: what comes now is another network.
 
-    That is every `ModelCheckpoint` that keeps the best, every `EarlyStopping`, and `lq.HoldOnPlateau`.
+    That is every `ModelCheckpoint` that keeps the best (its files stay), every `EarlyStopping` with the stop that it
+    may have asked for, every `ReduceLROnPlateau`, and `lq.HoldOnPlateau`.
 
     Args:
         trainer: of a running fit.
@@ -25,8 +27,13 @@ def forget_best(trainer: Trainer) -> None:
             callback.kth_best_model_path, callback.kth_value = "", _worst(callback.mode)
         elif isinstance(callback, EarlyStopping):
             callback.best_score, callback.wait_count = _worst(callback.mode), 0
+            if callback.stopped_epoch:
+                callback.stopped_epoch, trainer.should_stop = 0, False
         elif isinstance(callback, LearnedQuantization):
             callback.annealing.forget_best()
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(scheduler := config.scheduler, ReduceLROnPlateau):
+            scheduler.best, scheduler.num_bad_epochs = scheduler.mode_worse, 0
 
 
 def _worst(mode: str) -> torch.Tensor:

@@ -23,8 +23,7 @@ class IterativeFreezing(StepCounter):
 
     The threshold falls along a cosine over the fit. Place it behind `LearnedQuantization`. Frozen weights follow their
     level, which goes on learning. Layers that compute their weight from others (standardization, normalization), or
-    whose scale follows sums or moments of the weights (oaq, pact: held at their codes, weights would move it), are left
-    alone and named.
+    whose scale weights held at their codes would move (oaq, pact, minmax with fold_norms), are left alone and named.
 
     Args:
         threshold_start: share of steps on which a weight may turn back at the start.
@@ -52,11 +51,10 @@ class IterativeFreezing(StepCounter):
         self.states: dict[str, Oscillation] = {}
         self._levels: dict[str, int] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start anew; a checkpoint's state is loaded after this."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.states, self._levels = {}, {}
+    def restart(self) -> None:
+        """Begin with nothing frozen."""
+        super().restart()
+        self.states, self._levels = {}, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers cannot be frozen."""
@@ -64,8 +62,8 @@ class IterativeFreezing(StepCounter):
         left = [path for path, layer in distinct_weights(pl_module) if not _can_freeze(layer)]
         if left:
             rank_zero_warn(
-                "layers whose weight is computed, or whose scale widens while sums overflow or follows the weights' "
-                f"moments, cannot be frozen and are left alone: {left}"
+                "layers whose weight is computed, or whose scale would move with weights that are held, cannot be "
+                f"frozen and are left alone: {left}"
             )
 
     @torch.no_grad()
@@ -121,7 +119,7 @@ class IterativeFreezing(StepCounter):
 
 def _can_freeze(layer: QuantLayer) -> bool:
     derived, quantizer = layer.computes_weight or layer.weight_normalizer is not None, layer.weight_quantizer
-    return not (derived or quantizer.watches_sums or quantizer.follows_moments)
+    return not (derived or quantizer.watches_sums or quantizer.follows_weights)
 
 
 def _weight(layer: QuantLayer) -> Tensor:

@@ -28,7 +28,7 @@ from lq.callbacks.guards import (
 from lq.callbacks.patches import Patches
 from lq.callbacks.regularization import add_regularizer, check_regularizer
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
-from lq.callbacks.steps import moves_weights, steps_of_fit
+from lq.callbacks.steps import moves_weights, steps_ahead
 from lq.callbacks.tracker import QuantizationTracker, log_report
 from lq.checkpoints import checkpoint_entry, restore_plan
 from lq.group_rules import GroupRules, Rule, decay_rules
@@ -159,7 +159,7 @@ class LearnedQuantization(Callback):
         if not named_quantized_layers(pl_module):
             raise ValueError("no layer was quantized: build the network in __init__, setup or configure_model")
         check_regularizer(pl_module, self.anneal)
-        self.annealing.resolve(steps_of_fit(trainer))
+        self.annealing.resolve(steps_ahead(trainer))
         begins = self.annealing.step == 0
         fresh = begins and bool(self._fresh or uncalibrated_layers(pl_module))
         count, run = self.anneal.calibration_batches, self.calibration_forward
@@ -231,13 +231,12 @@ class LearnedQuantization(Callback):
             self._reestimate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of a slope that never arrived: how often a module steps its optimizers itself is not known before."""
-        of_the_fit = isinstance(self.anneal.anneal_steps, float)
-        if of_the_fit and not pl_module.automatic_optimization and self.annealing.rises:
+        """Warn of what never came: how often a module steps its optimizers itself is not known beforehand."""
+        if not pl_module.automatic_optimization and (missed := self.annealing.unreached):
+            named = " and ".join(f"{name} (step {at})" for name, at in missed.items())
             rank_zero_warn(
-                f"the fit ended after {self.annealing.step} optimizer steps, the slope rises for "
-                f"{self.annealing.steps}. This module optimizes manually, less than once a batch or with several "
-                "optimizers: give anneal_steps and strength_start as integers, in optimizer steps"
+                f"the fit ended after {self.annealing.step} optimizer steps, before {named}: this module steps its "
+                "optimizers itself, less than once a batch or several of them. Give integers, in optimizer steps"
             )
 
     def on_validation_batch_start(

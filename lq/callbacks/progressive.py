@@ -32,8 +32,9 @@ class ProgressiveBits(StepCounter):
     At each change levels are set anew, of weights from the weights and of inputs from training batches. Layers that end
     with more bits than a stage has keep theirs; all stages have the last one's ``grid``; where a subset has fewer
     candidates than a stage has points, that stage has evenly spaced ones. What keeps the best of a metric
-    (`ModelCheckpoint`, `EarlyStopping`, `lq.HoldOnPlateau`) forgets it at each change: those networks had other widths.
-    A resumed fit that is longer than the one before never goes back to more bits.
+    (`ModelCheckpoint`, whose files stay, `EarlyStopping`, `ReduceLROnPlateau`, `lq.HoldOnPlateau`) forgets it at each
+    change: those networks had other widths. A resumed fit that is longer than the one before never goes back to more
+    bits.
 
     Args:
         bits: widths of the stages before the last, falling.
@@ -74,17 +75,19 @@ class ProgressiveBits(StepCounter):
         self.stage, self.last = -1, dict[str, LayerSpec]()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start anew; a checkpoint's state is loaded after this."""
-        if stage != "fit":
-            return
+        """Start anew, and see that no weight is rounded onto the last stage's levels first."""
         super().setup(trainer, pl_module, stage)
-        self.stage, self.last = -1, {}
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if any(isinstance(c, LearnedQuantization) and c.anneal.start_rounding for c in callbacks):
             raise ValueError(
                 "start_rounding must be None beside ProgressiveBits, which begins with more levels than those of the "
                 "last stage, onto which it would round: leave one of the two out"
             )
+
+    def restart(self) -> None:
+        """Begin with the first stage."""
+        super().restart()
+        self.stage, self.last = -1, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is an end, and no second network whose widths would stay behind."""

@@ -168,9 +168,15 @@ class Annealing:
         return ramp(self.spec.slope_start, self.spec.slope_end, self.steps or 1)(at)
 
     @property
-    def rises(self) -> bool:
-        """Whether the slope has not arrived yet, and is not held."""
-        return self.held_at is None and self.step < (self.steps or 1)
+    def unreached(self) -> dict[str, int]:
+        """Settings that are fractions of the fit and whose optimizer step has not come, and that step."""
+        found, spec = {}, self.spec
+        if isinstance(spec.anneal_steps, float) and self.held_at is None and self.step < (self.steps or 1):
+            found["anneal_steps"] = self.steps or 1
+        late = spec.strength_start is None or isinstance(spec.strength_start, float)
+        if late and spec.regularizer and spec.strength and self.step <= (self.start or 0):
+            found["strength_start"] = self.start or 0
+        return found
 
     @property
     def strength(self) -> float:

@@ -8,20 +8,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lq.nn import named_quantized_layers
 
-__all__ = ["StepCounter", "moves_weights", "part_of_fit", "steps_of_fit"]
+__all__ = ["StepCounter", "moves_weights", "part_of_fit", "steps_ahead"]
 
 
-def steps_of_fit(trainer: Trainer) -> float:
-    """Optimizer steps of a whole fit.
+def steps_ahead(trainer: Trainer) -> float:
+    """Optimizer steps of a fit that is about to start.
 
     Args:
-        trainer: of the fit.
+        trainer: of the fit; of one that has trained before, and goes on with more epochs, only those count.
 
     Returns:
         Their number, infinite where it is unknown: without an end, or over data without a length.
     """
     total = trainer.estimated_stepping_batches
-    return math.inf if total < 0 else total
+    return math.inf if total < 0 or math.isinf(total) else round(total * (1 - part_of_fit(trainer, 0)))
 
 
 def part_of_fit(trainer: Trainer, batches: int) -> float:
@@ -67,16 +67,17 @@ class StepCounter(Callback):
     def __init__(self) -> None:
         """Nothing is counted yet."""
         super().__init__()
-        self._restart()
+        StepCounter.restart(self)
 
-    def _restart(self) -> None:
-        self.step, self.part, self._length = 0, 0.0, 1.0
+    def restart(self) -> None:
+        """Forget an earlier fit; a subclass forgets what it has of its own, too."""
+        self.step, self.part, self._before, self._length = 0, 0.0, 0.0, 1.0
         self._stepped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew; a checkpoint's state is loaded after this."""
         if stage == "fit":
-            self._restart()
+            self.restart()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the fit has an end, and the network quantized layers.
@@ -89,10 +90,12 @@ class StepCounter(Callback):
                 f"{type(self).__name__} needs quantized layers, got a network without: add lq.LearnedQuantization to "
                 "the callbacks"
             )
-        total = steps_of_fit(trainer)
+        total = steps_ahead(trainer)
         if math.isinf(total):
             raise ValueError(f"{type(self).__name__} needs a fit with an end, got none: set Trainer(max_epochs=...)")
         self._length = 1 / max(1.0, total)
+        if self.step == 0:  # a trainer that has trained before begins anew with what is left
+            self._before = part_of_fit(trainer, 0)
         self._advance(trainer, 0)
 
     @property
@@ -101,7 +104,8 @@ class StepCounter(Callback):
         return self.part + self._length > 1 - 1e-9
 
     def _advance(self, trainer: Trainer, batches: int) -> None:
-        self.part = max(self.part, part_of_fit(trainer, batches))
+        left = 1 - self._before
+        self.part = max(self.part, (part_of_fit(trainer, batches) - self._before) / left if left > 0 else 1.0)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -134,7 +138,7 @@ class StepCounter(Callback):
         Returns:
             Plain Python values.
         """
-        return {"step": self.step, "part": self.part}
+        return {"step": self.step, "part": self.part, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written.
@@ -143,3 +147,4 @@ class StepCounter(Callback):
             state_dict: from `state_dict`.
         """
         self.step, self.part = state_dict["step"], state_dict.get("part", 0.0)  # once there was no part
+        self._before = state_dict.get("before", 0.0)

@@ -12,13 +12,13 @@ class QuantizerHooks(nn.Module):
 
     Attributes:
         watches_sums: whether `see_sums_` wants to see the layer's sums in training, and the scale changes with them.
-        follows_moments: whether the scale is that of moments of the weights as they are: weights that are put onto
-            levels change it.
+        follows_weights: whether the scale is computed from the weights in such a way that weights which are put onto
+            levels move it.
         softens: whether training sees values between levels, or would if it did not round.
         shifts: whether levels begin at an offset: codes are unsigned whatever the values, and zero may be no level.
     """
 
-    watches_sums = follows_moments = softens = shifts = False
+    watches_sums = follows_weights = softens = shifts = False
 
     def make_normalizer(self, weight: Tensor) -> WeightNormalizer:
         """What a weight passes before this quantizes it, where a spec says ``normalize``.

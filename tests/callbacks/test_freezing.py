@@ -148,7 +148,7 @@ def test_weights_are_not_held_at_codes_whose_scale_widens_with_their_sums():
     oaq = {**QUANTIZATION, "quantizer": "oaq", "bits": 8, "accumulator_bits": 10, "first_last_bits": None}
     freezing = lq.IterativeFreezing(threshold_start=0.02, momentum=0.2)
     one = module()
-    with pytest.warns(UserWarning, match="scale widens while sums overflow or .* left alone"):
+    with pytest.warns(UserWarning, match="scale would move with weights that are held, .* left alone"):
         fit(one, [lq.LearnedQuantization(**oaq), freezing], epochs=3)
     assert one.net[2].weight_quantizer.range_factor > 1
     assert not freezing.states
@@ -157,14 +157,18 @@ def test_weights_are_not_held_at_codes_whose_scale_widens_with_their_sums():
     assert torch.equal(one.net[2].weight, alone.net[2].weight)
 
 
-def test_weights_are_not_held_at_codes_whose_scale_follows_their_moments():
-    """At 2 bits the scale would fall with every weight that is frozen, and the frozen weights with it."""
-    pact = {**QUANTIZATION, "quantizer": "pact", "bits": 2, "grid": "mid_rise", "first_last_bits": None}
+FOLLOWING = [{"quantizer": "pact", "bits": 2, "grid": "mid_rise"}, {"quantizer": "minmax", "fold_norms": True}]
+
+
+@pytest.mark.parametrize("settings", FOLLOWING, ids=["pact", "minmax"])
+def test_weights_are_not_held_at_codes_whose_scale_they_would_move(settings):
+    """The scale would fall or rise with every weight that is frozen, and the frozen weights with it."""
+    given = {**QUANTIZATION, **settings, "first_last_bits": None}
     freezing = lq.IterativeFreezing(threshold_start=0.02, momentum=0.2)
     one, alone = module(), module()
-    with pytest.warns(UserWarning, match=r"follows the weights' moments, cannot be frozen and are left alone"):
-        fit(one, [lq.LearnedQuantization(**pact), freezing], epochs=3)
-    fit(alone, [lq.LearnedQuantization(**pact)], epochs=3)
+    with pytest.warns(UserWarning, match="would move with weights that are held, cannot be frozen and are left alone"):
+        fit(one, [lq.LearnedQuantization(**given), freezing], epochs=3)
+    fit(alone, [lq.LearnedQuantization(**given)], epochs=3)
     assert not freezing.states
     assert torch.equal(one.net[2].weight, alone.net[2].weight)
 

@@ -198,7 +198,9 @@ def test_batches_that_a_forward_does_not_take_ask_for_a_calibration_forward():
     data = DataLoader(rows, batch_size=8)
     with pytest.raises(ValueError, match="calibration_forward must be given for Named, whose forward does not take"):
         fit(Named(), [lq.LearnedQuantization()], data)
-    given = lq.LearnedQuantization(anneal_steps=2, calibration_forward=lambda m, batch: m(batch["image"]))
+    given = lq.LearnedQuantization(
+        anneal_steps=2, strength_start=1, calibration_forward=lambda m, batch: m(batch["image"])
+    )
     fit(Named(), [given], data)
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 
 import lq
 from lq.nn import named_quantized_layers
@@ -112,116 +112,6 @@ def test_the_best_is_chosen_among_networks_of_the_last_width(tmp_path):
     assert saver.best_model_path.endswith("epoch=2.ckpt")
     loaded = lq.load_from_checkpoint(Falling, saver.best_model_path, net=small_cnn())
     assert {layer.weight_quantizer.codes.bits for layer in named_quantized_layers(loaded).values()} == {2, 8}
-
-
-class Monitored(Plain):
-    """Logs a metric of its epochs."""
-
-    scores = (3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0)  # the last width is worse than the first and does not improve
-
-    def on_train_epoch_end(self):
-        self.log("score", self.scores[self.current_epoch])
-
-
-def test_what_waits_for_a_better_metric_begins_anew_with_each_width():
-    torch.manual_seed(0)
-    monitored, progress = Monitored(small_cnn()), lq.ProgressiveBits([8, 4], until=0.5)
-    stopping = EarlyStopping("score", mode="max", patience=3, check_on_train_epoch_end=True, min_delta=0.0)
-    quantization = lq.LearnedQuantization(**QUANTIZATION, hold=lq.HoldOnPlateau("score", mode="max", patience=9))
-    trainer = fit(monitored, [quantization, progress, stopping], loader(2, shape=SHAPE), epochs=8)
-    assert trainer.current_epoch == 8  # a best of 3.0 would have stopped it in the fourth epoch
-    assert stopping.best_score == 1.0
-    assert progress.stage == 2
-
-
-def test_the_plateau_of_another_width_holds_no_slope():
-    class Validated(Plain):
-        def validation_step(self, batch, batch_idx):
-            self.log("score", 9.0 if self.current_epoch == 0 else 1.0 + self.current_epoch)
-
-        def val_dataloader(self):
-            return loader(1, shape=SHAPE)
-
-    torch.manual_seed(0)
-    network = Validated(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.02))
-    quantization = lq.LearnedQuantization(**QUANTIZATION, hold=lq.HoldOnPlateau("score", mode="max", patience=1))
-    callbacks = [quantization, lq.ProgressiveBits([4], until=0.25)]
-    fit(network, callbacks, loader(2, shape=SHAPE), epochs=4)
-    assert quantization.annealing.held_at is None
-
-
-def test_a_longer_fit_does_not_go_back_to_more_bits(tmp_path):
-    def trained(folder, epochs, ckpt_path=None):
-        widths, saver = Widths(f"net.{path}"), ModelCheckpoint(folder, save_last=True)
-        callbacks = [lq.LearnedQuantization(**QUANTIZATION), lq.ProgressiveBits([8, 4]), widths, saver]
-        run(folder, module(), callbacks, ckpt_path, data=loader(4, shape=SHAPE), epochs=epochs)
-        return [bits for bits, *_ in widths.seen]
-
-    probe = module().net
-    lq.quantize_model(probe, lq.QuantSpec(bits=2))
-    path = middle(probe)
-    assert trained(tmp_path / "first", 2) == [8] * 2 + [4] * 2 + [2] * 4
-    assert trained(tmp_path / "second", 8, tmp_path / "first" / "last.ckpt") == [2] * 24
-
-
-class ByHand(Plain):
-    """Steps its optimizer itself, once in so many batches."""
-
-    every = 4
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        self.manual_backward(super().training_step(batch, batch_idx))
-        if (batch_idx + 1) % self.every == 0:
-            self.optimizers().step()
-            self.optimizers().zero_grad()
-
-
-@pytest.mark.parametrize("limits", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 4}])
-def test_parts_of_the_fit_are_known_where_a_module_steps_its_optimizer_itself(limits):
-    torch.manual_seed(0)
-    by_hand = ByHand(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.02))
-    progress, delay = lq.ProgressiveBits([8, 4], until=0.5), lq.DelayedActivations(until=0.5)
-    freezing, seen = lq.IterativeFreezing(), Widths("net.3")
-    quantization = lq.LearnedQuantization(
-        **QUANTIZATION, first_last_bits=None, calibration_forward=lambda m, batch: m.net(batch[0]), anneal_steps=4
-    )
-    fit(by_hand, [quantization, progress, delay, freezing, seen], loader(8, shape=SHAPE), **limits)
-    assert [bits for bits, *_ in seen.seen] == [8] * 4 + [4] * 4 + [2] * 8
-    assert delay.switched
-    assert (freezing.step, freezing.part) == (4, 1.0)
-
-
-def test_a_slope_that_never_arrives_is_reported():
-    torch.manual_seed(0)
-    by_hand = ByHand(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.02))
-    quantization = lq.LearnedQuantization(**QUANTIZATION, calibration_forward=lambda m, batch: m.net(batch[0]))
-    with pytest.warns(UserWarning, match="ended after 2 optimizer steps, the slope rises for 6. This module optimizes"):
-        fit(by_hand, [quantization], loader(8, shape=SHAPE))
-
-
-def test_a_fit_that_ends_before_the_last_stage_is_named():
-    class Stops(Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            trainer.should_stop = True
-
-    callbacks = [lq.LearnedQuantization(**QUANTIZATION), lq.ProgressiveBits(), Stops()]
-    with pytest.warns(UserWarning, match="the fit ended after 1 steps, before its last stage: weights have 8 bits"):
-        fit(module(), callbacks, loader(10, shape=SHAPE))
-
-
-def test_batches_that_are_skipped_are_no_steps():
-    class Skips(Plain):
-        def training_step(self, batch, batch_idx):
-            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
-
-    torch.manual_seed(0)
-    freezing, quantization = lq.IterativeFreezing(), lq.LearnedQuantization(**QUANTIZATION)
-    fit(Skips(small_cnn()), [quantization, freezing], loader(8, shape=SHAPE))
-    assert freezing.step == quantization.annealing.step == 4
 
 
 def test_bad_values_and_partners_are_named():
