@@ -28,7 +28,7 @@ from lq.callbacks.guards import (
 from lq.callbacks.patches import Patches
 from lq.callbacks.regularization import add_regularizer, check_regularizer
 from lq.callbacks.schedule import Annealing, AnnealSpec, choose, describe
-from lq.callbacks.steps import moves_weights, steps_ahead
+from lq.callbacks.steps import moves_weights, part_of_fit, steps_of_fit
 from lq.callbacks.tracker import QuantizationTracker, log_report
 from lq.checkpoints import checkpoint_entry, restore_plan
 from lq.group_rules import GroupRules, Rule, decay_rules
@@ -159,7 +159,8 @@ class LearnedQuantization(Callback):
         if not named_quantized_layers(pl_module):
             raise ValueError("no layer was quantized: build the network in __init__, setup or configure_model")
         check_regularizer(pl_module, self.anneal)
-        self.annealing.resolve(steps_ahead(trainer))
+        left = 1 - part_of_fit(trainer, 0)  # all of it but where a trainer goes on with more epochs
+        self.annealing.resolve(left * steps_of_fit(trainer))
         begins = self.annealing.step == 0
         fresh = begins and bool(self._fresh or uncalibrated_layers(pl_module))
         count, run = self.anneal.calibration_batches, self.calibration_forward

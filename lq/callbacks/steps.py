@@ -8,20 +8,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lq.nn import named_quantized_layers
 
-__all__ = ["StepCounter", "moves_weights", "part_of_fit", "steps_ahead"]
+__all__ = ["StepCounter", "moves_weights", "part_of_fit", "steps_of_fit"]
 
 
-def steps_ahead(trainer: Trainer) -> float:
-    """Optimizer steps of a fit that is about to start.
+def steps_of_fit(trainer: Trainer) -> float:
+    """Optimizer steps of a whole fit.
 
     Args:
-        trainer: of the fit; of one that has trained before, and goes on with more epochs, only those count.
+        trainer: of the fit.
 
     Returns:
         Their number, infinite where it is unknown: without an end, or over data without a length.
     """
     total = trainer.estimated_stepping_batches
-    return math.inf if total < 0 or math.isinf(total) else round(total * (1 - part_of_fit(trainer, 0)))
+    return math.inf if total < 0 else total
 
 
 def part_of_fit(trainer: Trainer, batches: int) -> float:
@@ -90,12 +90,12 @@ class StepCounter(Callback):
                 f"{type(self).__name__} needs quantized layers, got a network without: add lq.LearnedQuantization to "
                 "the callbacks"
             )
-        total = steps_ahead(trainer)
+        total = steps_of_fit(trainer)
         if math.isinf(total):
             raise ValueError(f"{type(self).__name__} needs a fit with an end, got none: set Trainer(max_epochs=...)")
-        self._length = 1 / max(1.0, total)
         if self.step == 0:  # a trainer that has trained before begins anew with what is left
             self._before = part_of_fit(trainer, 0)
+        self._length = 1 / max(1.0, total * (1 - self._before))
         self._advance(trainer, 0)
 
     @property

@@ -95,6 +95,18 @@ def test_activations_that_are_quantized_stay_so_in_a_longer_fit(tmp_path, until,
     assert set(trained(tmp_path / "second", longer, tmp_path / "first" / "last.ckpt")) == {0}
 
 
+def test_the_last_step_of_a_resumed_fit_is_no_earlier(tmp_path):
+    def trained(folder, ckpt_path=None):
+        seen, saver = Inputs(), ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+        quantization = lq.LearnedQuantization(bits=3, calibration_batches=2)
+        callbacks = [quantization, lq.DelayedActivations(until=0.99), seen, saver]
+        run(folder, module(), callbacks, ckpt_path, data=loader(5, shape=SHAPE), epochs=2)
+        return seen.seen
+
+    assert trained(tmp_path / "first") == [4] * 9 + [0]
+    assert trained(tmp_path / "second", tmp_path / "first" / "epoch=0.ckpt") == [4] * 4 + [0]
+
+
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="until must lie between 0 and 1, got 1"):
         lq.DelayedActivations(until=1)
