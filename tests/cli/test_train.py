@@ -95,14 +95,17 @@ def test_the_packed_file_is_the_best_network_and_scores_what_was_logged(finished
 
 
 def test_a_run_resumes_from_its_last_checkpoint(finished):
-    folder, _ = finished
+    folder, first = finished
     last = folder / "out" / "checkpoints" / "last.ckpt"
     longer = [q for q in QUICK if "max_epochs" not in q]
     done = lq(
         "train", *longer, "trainer.max_epochs=2", f"ckpt_path={last}", "logger=csv", "output_dir=more", cwd=folder
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"test accuracy, float +-", done.stdout)
+    floats = [re.search(r"test accuracy, float +(\d+\.\d+%)", out) for out in (first, done.stdout)]
+    assert floats[0]
+    assert floats[1]
+    assert floats[0][1] == floats[1][1]  # the first has stored it
 
 
 COMMAND = Path(sys.executable).with_name("lq")
