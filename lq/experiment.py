@@ -192,8 +192,8 @@ def _float_stage(settings: Settings, classifier: Classifier) -> float | None:
     if settings.pretrain_epochs and settings.ckpt_path is not None:
         if (stored := _pretrained(settings.ckpt_path)) is None:
             return None  # a run from before it was stored
-        widest = (tensor.dtype for tensor in load_file(stored).values() if tensor.is_floating_point())
-        classifier.model.to(next(widest, torch.float32))  # that of trainer.precision: nothing is rounded
+        dtypes = (tensor.dtype for tensor in load_file(stored).values() if tensor.is_floating_point())
+        classifier.model.to(next(dtypes, torch.float32))  # that of trainer.precision: nothing is rounded
         load_model(classifier.model, stored)
     elif settings.pretrain_epochs:
         classifier.prefix, peak = "float/", classifier.settings["lr"]

@@ -51,7 +51,6 @@ class DelayedActivations(StepCounter):
     ) -> None:
         """Validate; nothing is touched before the first batch."""
         super().__init__()
-        self.switched = False
         fix = "0.3 leaves most of the fit to activations"
         require_number("until", until, lambda v: 0 < v < 1, "lie between 0 and 1", fix)
         require_integer("calibration_batches", calibration_batches, 1, fix="try 4")

@@ -48,13 +48,11 @@ class IterativeFreezing(StepCounter):
         require_number("threshold_end", threshold_end, lambda v: 0 < v <= threshold_start, below, falls)
         require_number("momentum", momentum, lambda v: 0 < v <= 1, "lie above 0 and not above 1", "0.01 is usual")
         self.thresholds, self.momentum = (threshold_start, threshold_end), momentum
-        self.states: dict[str, Oscillation] = {}
-        self._levels: dict[str, int] = {}
 
     def restart(self) -> None:
         """Begin with nothing frozen."""
         super().restart()
-        self.states, self._levels = {}, {}
+        self.states, self._levels = dict[str, Oscillation](), dict[str, int]()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers cannot be frozen."""

@@ -72,7 +72,6 @@ class ProgressiveBits(StepCounter):
         require_integer("calibration_batches", calibration_batches, 1, fix="try 4")
         self.bits, self.until = tuple(bits), until
         self.calibration_batches, self.calibration_forward = calibration_batches, calibration_forward
-        self.stage, self.last = -1, dict[str, LayerSpec]()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew, and see that no weight is rounded onto the last stage's levels first."""
@@ -87,7 +86,7 @@ class ProgressiveBits(StepCounter):
     def restart(self) -> None:
         """Begin with the first stage."""
         super().restart()
-        self.stage, self.last = -1, {}
+        self.stage, self.last = -1, dict[str, LayerSpec]()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is an end, and no second network whose widths would stay behind."""

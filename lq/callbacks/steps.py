@@ -67,10 +67,10 @@ class StepCounter(Callback):
     def __init__(self) -> None:
         """Nothing is counted yet."""
         super().__init__()
-        StepCounter.restart(self)
+        self.restart()
 
     def restart(self) -> None:
-        """Forget an earlier fit; a subclass forgets what it has of its own, too."""
+        """Begin with nothing, or forget an earlier fit; a subclass does so with what it has of its own, too."""
         self.step, self.part, self._before, self._length = 0, 0.0, 0.0, 1.0
         self._stepped = False
 
