@@ -13,8 +13,10 @@ import argparse
 import sys
 from collections.abc import Iterable
 
-from accuracy import EXTRAS, KEY, METHODS, NETWORKS, RESULTS, fill, key_of, unfinished, with_defaults
-from accuracy_table import rows_of, spread
+from accuracy import RESULTS, fill, key_of, positive, unfinished, with_defaults
+from accuracy_rows import key_in, rows_of
+from accuracy_settings import EXTRAS, METHODS, NETWORKS
+from accuracy_table import spread
 
 PATH = RESULTS / "accuracy_trials.csv"
 BASE = "soft"
@@ -83,9 +85,9 @@ def settings(options: argparse.Namespace, change: str) -> argparse.Namespace:
 
 def found(options: argparse.Namespace, change: str) -> dict[int, float]:
     """Accuracy by seed."""
-    rows = {tuple(row[name] for name in KEY): float(row["held_out"]) for row in rows_of(PATH)}
-    wanted = {seed: key_of(settings(options, change), options.method, seed) for seed in options.seeds}
-    return {seed: rows[key] for seed, names in wanted.items() if (key := tuple(names.values())) in rows}
+    rows = {key_in(row): float(row["held_out"]) for row in rows_of(PATH)}
+    wanted = {seed: key_in(key_of(settings(options, change), options.method, seed)) for seed in options.seeds}
+    return {seed: rows[key] for seed, key in wanted.items() if key in rows}
 
 
 def show(options: argparse.Namespace) -> str:
@@ -111,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     parser.add_argument("--method", choices=METHODS, default=BASE, help="what is changed")
-    parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
+    parser.add_argument("--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations")
     parser.add_argument(
         "--changes",
         nargs="+",
@@ -120,8 +122,8 @@ def main() -> None:
         help="extras are what any quantizer can be trained with",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--epochs", type=positive(int), default=1)
+    parser.add_argument("--lr", type=positive(float), help="peak learning rate")
     parser.add_argument("--extras", choices=EXTRAS, help="as in accuracy.py")
     parser.add_argument("--show", action="store_true", help="print what there is")
     options = with_defaults(parser.parse_args())

@@ -4,9 +4,10 @@
 
 Fine-tunes a given float network with W = A = ``--bits``, first and last layer 8 bits, by ``lq train --multirun``, one
 sweep over seeds per method; every run is in MLflow (``./mlflow.db``, experiment "accuracy"). A row holds the accuracy
-after the last epoch on the test set, which is read once, and on 5000 held-out training images (MobileNet's sample has
-none: there both are the images of the test, and ``--trial`` is refused). Rows that are in the file already are kept,
-and a fit that was interrupted goes on from its last whole epoch (benchmarks/cache/fits). ``--show`` prints the table
+after the last epoch on the test set, by which nothing is chosen (it is read for the float network before, too), and on
+5000 held-out training images (MobileNet's sample has none: there both are the images of the test, and ``--trial`` is
+refused). Rows that are in the file already are kept, and a fit that was interrupted goes on from its last whole epoch
+(benchmarks/cache/fits), as long as its settings and this package's version are the same. ``--show`` prints the table
 and draws it beside the rows.
 
 ``--trial`` never reads the test set and writes to a file of its own: settings are chosen there. The given ResNet-20 was
@@ -16,167 +17,52 @@ thirds of the time on processors that multiply it.
 """
 
 import argparse
-import csv
 import hashlib
 import json
+import math
+import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from accuracy_fits import fits
-from accuracy_table import picture, rows_of, show
+from accuracy_rows import KEY, append, key_in, rows_of
+from accuracy_settings import CACHE, EXTRAS, METHODS, NETWORKS, ROOT, UNSEEN, overrides
+from accuracy_table import picture, show
 
-RESULTS, CACHE = Path(__file__).parent / "results", Path(__file__).parent / "cache"
-FITS = CACHE / "fits"
-MID_RISE, MID_TREAD = "quantizer.grid=mid_rise", "quantizer.grid=mid_tread"
-# of each output's weights; accumulators of 16 bits would bound nothing here
-BOUNDED = ["quantizer.granularity=channel", "quantizer.accumulator_bits=14"]
-METHODS = {
-    "float": ["quantizer=none"],
-    "lsq": ["quantizer=lsq"],
-    "lsq, full range": ["quantizer=lsq", "quantizer.grid=full_range"],
-    "lsq, mid-rise": ["quantizer=lsq", MID_RISE],
-    "lsq_plus": ["quantizer=lsq_plus"],
-    "minmax": ["quantizer=minmax"],
-    "minmax, folded": ["quantizer=minmax", "quantizer.fold_norms=true"],
-    "pact": ["quantizer=pact"],
-    "pact, mid-rise": ["quantizer=pact", MID_RISE],  # the published levels, of dsq, too
-    "dsq": ["quantizer=dsq"],
-    "dsq, mid-rise": ["quantizer=dsq", MID_RISE],
-    "qn": ["quantizer=qn"],
-    "apot": ["quantizer=apot"],
-    "nulsq": ["quantizer=nulsq"],
-    "log2": ["quantizer=log2"],
-    "dlq": ["quantizer=dlq"],
-    "codebook": ["quantizer=codebook"],
-    "subset": ["quantizer=subset"],
-    "subset, uneven inputs": [
-        "quantizer=subset",
-        "quantizer.activation_levels=subset",
-        "quantizer.activation_candidates=apot",
-    ],
-    "a2q": ["quantizer=a2q", *BOUNDED],
-    "a2q_plus": ["quantizer=a2q_plus", *BOUNDED],
-    "oaq": ["quantizer=oaq"],  # minmax, where no sum overflows, as here below 8 bits
-    "soft": ["quantizer=soft"],  # all of it as it is by default
-    "soft, mid-rise": ["quantizer=soft", MID_RISE],
-    "soft, mid-tread": ["quantizer=soft", MID_TREAD],
+RESULTS, FITS = ROOT / "benchmarks" / "results", CACHE / "fits"
+ARGUMENTS = {
+    "optimizer.lr": "--lr",
+    "trainer.max_epochs": "--epochs",
+    "quantizer.bits": "--bits",
+    "seed": "--seeds",
+    "test": "--trial",
 }
-# weight decay falls with the width, as for LSQ (Esser et al. 2020, section 3)
-DECAY_FACTOR = {2: 0.25, 3: 0.5}
-
-
-def _distilled(callbacks: str, task_weight: int, temperature: int, *more: str) -> list[str]:
-    settings = {"task_weight": task_weight, "temperature": temperature}
-    given = [f"callbacks.distillation.{name}={value}" for name, value in settings.items()]
-    return [f"callbacks={callbacks}", *given, *more, "schedule.reestimate_bn=20"]
-
-
-_RESNET56 = (
-    "callbacks.distillation.teacher.name=cifar_resnet56",
-    "callbacks.distillation.teacher.checkpoint=${oc.env:LQ_DATA}/cifar10_resnet56.safetensors",
-)
-EXTRAS = {  # as in rows and on the command line
-    "none": ("none", ["callbacks=default", "schedule.reestimate_bn=0"]),
-    "distill": ("distillation, batch norms", _distilled("distill", 1, 1)),
-    "temperature4": ("distillation at temperature 4, batch norms", _distilled("distill", 1, 4)),
-    "teacher": ("teacher alone, batch norms", _distilled("distill", 0, 1)),
-    "resnet56": ("ResNet-56 alone, batch norms", _distilled("teacher", 0, 1, *_RESNET56)),
-    "resnet56_temperature4": ("ResNet-56 at temperature 4, batch norms", _distilled("teacher", 1, 4, *_RESNET56)),
-}
-KEY = "network bits method extras epochs lr seed".split()
-FIELDS = [*KEY, "held_out", "test", "float", "seconds"]
-
-
-@dataclass(frozen=True)
-class Network:
-    """How a float network is fine-tuned, whatever quantizes it."""
-
-    recipe: list[str]
-    lr: float = 0.01
-    weight_decay: float = 1e-4
-    epochs: int = 3
-    extras: str = "distill"
-    granularity: str = "tensor"
-    held_out: bool = True  # whether there are images beside those that train and those of the test
-    float_fit: list[str] | None = None  # makes the float network, where it is not given
-
-
-RESNET = ["recipes=cifar10_resnet20", "model.channels_last=true"]
-UNSEEN = CACHE / "resnet20_unseen" / "network.safetensors"
-NETWORKS = {
-    "resnet20": Network(RESNET),
-    "resnet20_unseen": Network(
-        [*RESNET, f"model.checkpoint={UNSEEN}", "trainer.precision=bf16-mixed"],
-        float_fit=[
-            *RESNET,
-            "quantizer=none",
-            "model.checkpoint=null",
-            "optimizer.lr=0.1",
-            "optimizer.weight_decay=5e-4",
-            "optimizer.warmup=0.03",
-            "trainer.max_epochs=24",
-            "trainer.precision=bf16-mixed",
-            "test=false",
-            "experiment=accuracy",
-            f"hydra.run.dir={UNSEEN.parent}",
-        ],
-    ),
-    "resnet56": Network(
-        [*RESNET, "model.name=cifar_resnet56", "model.checkpoint=${data.root}/cifar10_resnet56.safetensors"]
-    ),
-    "vit": Network(["recipes=cifar10_vit"], lr=5e-4, weight_decay=0.05),
-    # one image per class: labels of what trains say nothing of what is scored
-    "mobilenetv1": Network(
-        ["recipes=imagenet_mobilenetv1"],
-        lr=0.001,
-        epochs=10,
-        extras="teacher",
-        granularity="channel",
-        held_out=False,
-    ),
-}
-
-
-def overrides(options: argparse.Namespace, method: str) -> list[str]:
-    """What ``lq train --multirun`` gets for one method, whatever the seed."""
-    plain, network = method == "float", NETWORKS[options.network]
-    given = [
-        *network.recipe,
-        *([] if plain else [f"quantizer.bits={options.bits}", f"quantizer.granularity={network.granularity}"]),
-        *METHODS[method],
-        f"optimizer.lr={options.lr}",
-        f"optimizer.weight_decay={network.weight_decay * DECAY_FACTOR.get(options.bits, 1.0)}",
-        f"trainer.max_epochs={options.epochs}",
-        f"test={'false' if options.trial else 'true'}",
-        "experiment=accuracy",
-    ]
-    given += [extra for extra in EXTRAS[options.extras][1] if not (plain and extra.startswith("schedule."))]
-    return given + options.set
 
 
 def run(options: argparse.Namespace, method: str, seeds: list[int], path: Path) -> None:
     """One sweep over seeds; a row for each run that ends, even where a later one fails."""
-    name = {**key_of(options, method, 0), "seed": "", "trial": str(options.trial)}
-    folder = FITS / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]
-    for seed, outcome, seconds in fits(folder, overrides(options, method), seeds):
-        _append(path, _row(key_of(options, method, seed), outcome, seconds))
+    given = overrides(options, method)
+    folder = FITS / _digest({**key_of(options, method, 0), "seed": "", "trial": str(options.trial)}, given)
+    for seed, outcome, seconds in fits(folder, given, seeds):
+        append(path, _row(key_of(options, method, seed), outcome, seconds))
+
+
+def _digest(name: dict[str, str], given: list[str]) -> str:
+    """Tells fits apart by all that makes their settings, so that none goes on, or is taken, under other ones."""
+    found = hashlib.sha256(json.dumps([name, given, version("lq"), os.environ.get("LQ_DATA")]).encode())
+    settings = [file for folder in ("conf", "recipes") for file in sorted((ROOT / folder).rglob("*.yaml"))]
+    for file in [*settings, *filter(Path.is_file, [UNSEEN])]:
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _row(key: dict[str, str], outcome: dict, seconds: float) -> dict[str, str]:
     names = {"held_out": "held_out_accuracy", "test": "accuracy", "float": "float_accuracy"}
     return {**key, **{column: _percent(outcome[name]) for column, name in names.items()}, "seconds": f"{seconds:.0f}"}
-
-
-def _append(path: Path, row: dict[str, str]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(*row.values(), flush=True)
 
 
 def _percent(value: float | None) -> str:
@@ -196,8 +82,9 @@ def fill(options: argparse.Namespace, path: Path) -> list[str]:
     if float_fit and not UNSEEN.is_file():
         subprocess.run([sys.executable, "-m", "lq", "train", *float_fit], check=True)
     for method in options.methods:
-        there = [{k: row[k] for k in KEY} for row in rows_of(path)]
-        missing = [seed for seed in options.seeds if key_of(options, method, seed) not in there]
+        there = {key_in(row) for row in rows_of(path)}
+        wanted = {seed: key_in(key_of(options, method, seed)) for seed in options.seeds}
+        missing = [seed for seed, key in wanted.items() if key not in there]
         try:
             if missing:
                 run(options, method, missing, path)
@@ -209,6 +96,27 @@ def fill(options: argparse.Namespace, path: Path) -> list[str]:
 def unfinished(names: list[str]) -> str | None:
     """What to end with: nothing where all fits did."""
     return f"fits of {', '.join(names)} did not end: what they printed says why" if names else None
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """A number above 0, as an argument."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says so of what is no number
+    return parse
+
+
+def override(text: str) -> str:
+    """One of ``--set``; not of what an argument says already, or a row would say one thing and its fit do another."""
+    name = text.lstrip("+~").split("=", 1)[0]
+    if name in ARGUMENTS:
+        raise argparse.ArgumentTypeError(f"{name} is given by {ARGUMENTS[name]}, got {text!r}")
+    return text
 
 
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
@@ -224,11 +132,13 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="resnet20")
-    parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
+    parser.add_argument("--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, help="without it 3, 10 for MobileNet")
-    parser.add_argument("--lr", type=float, help="peak learning rate of all methods; without it the network's own")
+    parser.add_argument("--epochs", type=positive(int), help="without it 3, 10 for MobileNet")
+    parser.add_argument(
+        "--lr", type=positive(float), help="peak learning rate of all methods; without it the network's own"
+    )
     parser.add_argument(
         "--extras",
         choices=EXTRAS,
@@ -236,7 +146,9 @@ def main() -> None:
         "for MobileNet), or ResNet-56 does; all re-estimate batch norms",
     )
     parser.add_argument("--trial", action="store_true", help="held-out images only")
-    parser.add_argument("--set", nargs="*", default=[], help="further overrides, part of the method's name")
+    parser.add_argument(
+        "--set", type=override, nargs="*", default=[], help="further overrides, part of the method's name"
+    )
     parser.add_argument("--show", action="store_true", help="print and draw what there is")
     options = with_defaults(parser.parse_args())
     path = RESULTS / ("accuracy_trials.csv" if options.trial else "accuracy.csv")

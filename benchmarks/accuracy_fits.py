@@ -5,7 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 LAST, OUTCOME, SPENT = "checkpoints/last.ckpt", "outcome.json", "seconds.txt"
 
@@ -18,7 +21,34 @@ def fits(folder: Path, overrides: list[str], seeds: list[int]) -> Iterator[tuple
 
     Raises:
         subprocess.CalledProcessError: after those, if one failed.
+        SystemExit: before any starts, where another process is at one of them.
     """
+    with ExitStack() as held:
+        for seed in seeds:
+            _lock(held, folder, seed)
+        failure = _run(folder, overrides, seeds)
+        for seed in seeds:
+            path = folder / str(seed) / OUTCOME
+            if path.is_file():
+                yield seed, json.loads(path.read_text()), _seconds(folder / str(seed), path)
+                shutil.rmtree(folder / str(seed))
+        if failure:
+            raise failure
+        if not any((own / name).is_file() for own in folder.iterdir() for name in (LAST, OUTCOME)):
+            shutil.rmtree(folder)  # else other seeds are there, begun by another call
+
+
+def _lock(held: ExitStack, folder: Path, seed: int) -> None:
+    """Keep other processes from a seed; the system lets go of it where this one is killed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(FileLock(f"{folder}.{seed}.lock", blocking=False))
+    except Timeout:
+        sys.exit(f"another process is at seed {seed} in {folder}: wait for it, or give other --seeds")
+
+
+def _run(folder: Path, overrides: list[str], seeds: list[int]) -> subprocess.CalledProcessError | None:
+    """All that have no outcome yet; returns the last failure, which keeps no other from its fit."""
     waiting = [seed for seed in seeds if not (folder / str(seed) / OUTCOME).is_file()]
     resumed = [seed for seed in waiting if (folder / str(seed) / LAST).is_file()]
     groups = [[seed] for seed in resumed] + [[seed for seed in waiting if seed not in resumed]]
@@ -28,14 +58,7 @@ def fits(folder: Path, overrides: list[str], seeds: list[int]) -> Iterator[tuple
             _train(folder, overrides, group, resume=group[0] in resumed)
         except subprocess.CalledProcessError as error:
             failure = error
-    for seed in seeds:
-        path = folder / str(seed) / OUTCOME
-        if path.is_file():
-            yield seed, json.loads(path.read_text()), _seconds(folder / str(seed), path)
-            shutil.rmtree(folder / str(seed))
-    if failure:
-        raise failure
-    shutil.rmtree(folder)
+    return failure
 
 
 def _train(folder: Path, overrides: list[str], seeds: list[int], resume: bool) -> None:

@@ -1,15 +1,12 @@
 """The rows of accuracy.csv as a table in Markdown and as a picture."""
 
-import csv
 import statistics
 from pathlib import Path
 from typing import Any
 
+from accuracy_rows import rows_of
+
 SPAN = 4.0  # points of accuracy below the best that a panel shows
-
-
-def rows_of(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.open())) if path.is_file() else []
 
 
 def _usual(rows: list[dict]) -> dict[str, str]:

@@ -117,5 +117,73 @@ def test_an_interrupted_fit_goes_on_from_its_last_epoch(table, tmp_path, capsys)
     assert f"goes on from {checkpoint}" in capsys.readouterr().out
     assert columns(tmp_path, "seed") == ["0", "1", "2"]
     assert columns(tmp_path, "seconds") == ["0", "70", "0"]
-    assert not list((tmp_path / "fits").iterdir())
+    assert not begun(tmp_path)
     assert table("--methods", "lsq", "--seeds", "0", "1", "2")[0] == []
+
+
+def begun(folder):
+    """Configurations and seeds of fits that are kept."""
+    return sorted(path.parent.name for path in (folder / "fits").glob("*/*/checkpoints"))
+
+
+def test_a_fit_of_one_seed_keeps_what_others_have_begun(table, tmp_path):
+    table("--methods", "lsq", "--seeds", "0", "1", broken=["0", "1"])
+    assert begun(tmp_path) == ["0"]  # a sweep ends with the first that fails
+    table("--methods", "lsq", "--seeds", "2")
+    assert (begun(tmp_path), columns(tmp_path, "seed")) == (["0"], ["2"])
+    commands, _ = table("--methods", "lsq", "--seeds", "0", "0")
+    assert len(commands) == 1
+    assert any(value.startswith("ckpt_path=") for value in commands[0])
+    assert (begun(tmp_path), columns(tmp_path, "seed")) == ([], ["2", "0"])
+
+
+def test_a_fit_goes_on_under_its_own_settings_alone(table, benchmark, monkeypatch, tmp_path):
+    table("--methods", "lsq", broken=["lsq"])
+    monkeypatch.setitem(benchmark("accuracy").METHODS, "lsq", ["quantizer=lsq", "quantizer.grid=full_range"])
+    commands, _ = table("--methods", "lsq")
+    assert not any(value.startswith("ckpt_path=") for value in commands[0])
+
+
+def test_a_seed_is_fitted_by_one_process_at_a_time(table, benchmark, tmp_path):
+    table("--methods", "lsq", "--seeds", "1", broken=["1"])
+    (own,) = (tmp_path / "fits").glob("*/1")
+    folder = own.parent
+    with benchmark("accuracy_fits").FileLock(f"{folder}.1.lock"):
+        commands, code = table("--methods", "lsq", "--seeds", "1")
+    assert commands == []
+    assert code.startswith(f"another process is at seed 1 in {folder}: wait for it")
+    assert table("--methods", "lsq", "--seeds", "1")[1] is None
+
+
+def test_a_row_is_added_once_and_never_to_a_broken_file(table, benchmark, tmp_path, capsys):
+    table("--methods", "lsq")
+    path, rows = tmp_path / "accuracy.csv", benchmark("accuracy_rows")
+    whole = path.read_bytes()
+    (row,) = rows.rows_of(path)
+    rows.append(path, row)
+    assert path.read_bytes() == whole
+    assert "has a row of resnet20, 2, lsq" in capsys.readouterr().out
+    path.write_bytes(whole[:-10])
+    commands, code = table("--methods", "lsq", "--seeds", "1")
+    assert (commands, path.read_bytes()) == ([], whole[:-10])
+    assert "ends in the midst of a row, 'resnet20,2,lsq" in code
+    path.write_text("")
+    assert "must begin with the line 'network,bits," in table("--methods", "lsq", "--seeds", "1")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--epochs", "0"], "--epochs: must be above 0, got 0"),
+        (["--lr", "-1"], "--lr: must be above 0, got -1"),
+        (["--lr", "nan"], "--lr: must be above 0, got nan"),
+        (["--epochs", "two"], "--epochs: invalid int value: 'two'"),
+        (["--bits", "1"], "--bits: invalid choice: 1"),
+        (["--set", "optimizer.lr=1"], "--set: optimizer.lr is given by --lr, got 'optimizer.lr=1'"),
+        (["--set", "test=false"], "--set: test is given by --trial, got 'test=false'"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_runs(table, capsys, arguments, word):
+    commands, code = table("--methods", "lsq", *arguments)
+    assert (commands, code) == ([], 2)
+    assert word in capsys.readouterr().err
