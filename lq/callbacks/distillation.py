@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
@@ -110,6 +111,8 @@ class SelfDistillation(Callback):
                 "SelfDistillation needs automatic optimization, got a module that optimizes manually: add "
                 "lq.functional.distillation.distillation_loss to its loss"
             )
+        if not (self.weight or self.features):
+            rank_zero_warn("weight=0 without features adds nothing to the loss but the teacher's time: leave it out")
         self.teacher, restore = None, pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Checks that turn silent failures of quantization-aware training into errors that name the fix."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "check_same_spec",
     "check_stepped",
     "warn_of_late_averaging",
+    "warn_of_other_schedule",
 ]
 
 CLIPPED_LIMIT = 0.99
@@ -216,3 +217,18 @@ def check_collapse(
                 f"overrides={{{path!r}: {{'bits': 8}}}}"
             )
     return frozenset(found)
+
+
+def warn_of_other_schedule(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Say where a fit goes on under other settings than it began with: neither schedule is then what it trains by.
+
+    Args:
+        saved: settings of the schedule in the checkpoint; those that a later version has beside them are passed over.
+        present: of the callback.
+    """
+    changes = [f"{k}: checkpoint {v!r}, callback {present[k]!r}" for k, v in saved.items() if present.get(k, v) != v]
+    if changes:
+        rank_zero_warn(
+            f"the fit goes on under another schedule than it began with, {'; '.join(changes)}: give the callback the "
+            "checkpoint's values for the fit that was interrupted"
+        )

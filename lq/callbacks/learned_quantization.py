@@ -24,6 +24,7 @@ from lq.callbacks.guards import (
     check_same_spec,
     check_stepped,
     warn_of_late_averaging,
+    warn_of_other_schedule,
 )
 from lq.callbacks.patches import Patches
 from lq.callbacks.regularization import add_regularizer, check_regularizer
@@ -120,6 +121,8 @@ class LearnedQuantization(Callback):
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             restore(checkpoint)
             restore_plan(pl_module, checkpoint, self.spec)
+            if stage == "fit":
+                warn_of_other_schedule(checkpoint["lq"].get("anneal", {}), describe(self.anneal))
 
         self._patches.put(pl_module, "on_load_checkpoint", on_load_checkpoint)
         if not (overrides(pl_module, "setup") or overrides(pl_module, "configure_model")):

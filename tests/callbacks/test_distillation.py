@@ -232,6 +232,11 @@ def test_bad_settings_are_refused_at_once(settings, message):
         lq.SelfDistillation("net", **settings)
 
 
+def test_a_teacher_that_adds_nothing_is_said_to():
+    with pytest.warns(UserWarning, match="weight=0 without features adds nothing to the loss"):
+        fit(module(), [lq.SelfDistillation("net", weight=0)])
+
+
 def test_features_can_be_learned_from_a_teacher_of_other_classes():
     torch.manual_seed(1)
     teacher = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 7))

@@ -279,6 +279,16 @@ def test_a_checkpoint_of_another_spec_says_what_differs(tmp_path):
         Trainer(**TRAINER, max_epochs=2, callbacks=[other]).fit(Plain(), loader(), ckpt_path=tmp_path / "net.ckpt")
 
 
+def test_a_fit_that_goes_on_under_another_schedule_says_what_differs(tmp_path):
+    fit(Plain(), [lq.LearnedQuantization(**SETTINGS)]).save_checkpoint(tmp_path / "net.ckpt")
+    other = lq.LearnedQuantization(**{**SETTINGS, "slope_end": 12.0}, hold=HoldAtStep(3))
+    told = r"slope_end: checkpoint 10.0, callback 12.0; hold: checkpoint None, callback \{'criterion': 'HoldAtStep', "
+    with pytest.warns(UserWarning, match=told):
+        Trainer(**{**TRAINER, "max_epochs": 2}, callbacks=[other]).fit(
+            Plain(), loader(), ckpt_path=tmp_path / "net.ckpt"
+        )
+
+
 def test_a_float_checkpoint_says_how_to_start_from_it(tmp_path):
     fit(Plain()).save_checkpoint(tmp_path / "float.ckpt")
     quantization = lq.LearnedQuantization(**SETTINGS)
