@@ -57,7 +57,10 @@ def integer_points(points: Tensor) -> tuple[Tensor, int]:
     k = -min(exponents, default=0)
     scaled = points.double() * 2.0**k
     if not bool((scaled.abs() < 2**24).all()):
-        raise ValueError(f"points must span fewer than 24 powers of two, got {points.tolist()}: choose others")
+        raise ValueError(
+            f"points must be sums of few powers of two within 24 bits of each other, got {points.tolist()}: choose "
+            "candidates that are, 0.125 in place of 0.1"
+        )
     return scaled.to(torch.int32), k
 
 

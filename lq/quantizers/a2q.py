@@ -46,7 +46,8 @@ class A2QQuantizer(LSQQuantizer):
         """Keep the limit."""
         super().__init__(codes, **common)
         if codes.offset:
-            raise ValueError("grid must be 'mid_tread' or 'full_range' for a2q, got 'mid_rise': it rounds to zero")
+            name = "a2q_plus" if centred else "a2q"
+            raise ValueError(f"grid must be 'mid_tread' or 'full_range' for {name}, got 'mid_rise': it rounds to zero")
         self.limit, self.centred = limit, centred
 
     def adopt_(self, spec: LayerSpec) -> None:

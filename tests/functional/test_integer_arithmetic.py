@@ -96,5 +96,6 @@ def test_shifters_and_accumulators_do_what_hardware_would(groups, stride, dilati
 def test_a_layer_of_zeros_and_points_too_far_apart():
     x, decoder = torch.ones(2, 1, 3, 3), make_decoder(torch.tensor([0]))
     assert shift_add_conv(x, torch.zeros(2, 1, 2, 2), decoder).shape == (2, 2, 2, 2)
-    with pytest.raises(ValueError, match="fewer than 24 powers of two"):
-        integer_points(torch.tensor([2.0**-30, 1.0]))
+    for points in ([2.0**-30, 1.0], [0.1, 1.0]):
+        with pytest.raises(ValueError, match="few powers of two within 24 bits .* choose candidates that are, 0.125"):
+            integer_points(torch.tensor(points))
