@@ -3,28 +3,35 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lq.functional.layout import ScaleLayout
 from lq.layer_spec import LayerSpec
-from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer
+from lq.nn import QuantLayer, from_float
+from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer, find_method
+from lq.surgery import set_widths
 
 __all__ = ["check_quantizer"]
 
 _SHAPE = (6, 4, 3, 3)
+_SHARE = (0.05, 4.0)  # least and most of the gradient of the values that those of weights and inputs are, on average
 
 
 def check_quantizer(spec: LayerSpec) -> None:
     """See that the quantizers which a spec describes keep what the rest of `lq` relies on.
 
-    Of weights, with one scale per tensor and one per channel: hard values are levels, and so are their own hard values;
-    stored codes fit in their bits and give hard values back exactly, and ranks of codes give codes; the regularizer
-    draws to held codes, and the quantization loss is of hard values; gradients of weights and of everything learned are
-    finite, and not all zero; copies and a state dict compute the same; half precision comes back as it was. Of
-    activations: nothing happens before calibration; afterwards values are levels, codes give them back, zero stays zero
-    unless the quantizer ``shifts``, and everything learned has a gradient.
+    Of weights, with one scale per tensor and one per channel: hard values are levels, and so are their own hard values,
+    and levels follow the size of the weights; stored codes fit in the spec's bits and give hard values back exactly,
+    and ranks of codes give codes; the regularizer draws to held codes, and the quantization loss is of hard values;
+    training sees hard values, unless the quantizer ``softens``; gradients of weights lead where those of their values
+    do, and of everything learned are finite, and not all zero; copies and a state dict compute the same; half precision
+    comes back as it was; what is quantized stays as it is; a layer whose width changes has the levels of one that had
+    it from the start. Of activations: nothing happens before calibration; afterwards the same, and zero stays zero
+    unless the quantizer ``shifts``.
 
     Args:
         spec: names the method by ``quantizer``, and says how.
@@ -45,16 +52,28 @@ def check_quantizer(spec: LayerSpec) -> None:
         quantizer = make()
         quantizer.calibrate_(weight, spec.scale_init)
         quantizer.set_slope(6.0)
-        for check in (_check_levels, _check_codes, _check_pull, _check_gradients, _check_dtypes):
+        width = spec.weight_codes.bits
+        _require(quantizer.codes.bits <= width, f"codes must fit in {width} bits", quantizer)
+        checks = (_check_stays, _check_levels, _check_codes, _check_pull)
+        for check in (*checks, _check_training, _check_gradients, _check_dtypes):
             check(quantizer, weight)
         _check_state(quantizer, weight, make)
+        _check_size(quantizer, weight, spec.scale_init)
     if spec.activation is not None:
         _check_activations(spec, generator)
+    _check_widths(spec, generator)
 
 
 def _require(holds: bool, what: str, quantizer: object) -> None:
     if not holds:
         raise AssertionError(f"{what}: {quantizer}")
+
+
+def _check_stays(quantizer: Quantizer, x: Tensor) -> None:
+    for training in (False, True):
+        given = x.clone()
+        copy.deepcopy(quantizer).train(training)(given)
+        _require(torch.equal(given, x), "what is quantized must stay as it is", quantizer)
 
 
 def _check_levels(quantizer: Quantizer, x: Tensor) -> None:
@@ -94,11 +113,28 @@ def _check_pull(quantizer: Quantizer, x: Tensor) -> None:
     _require(torch.allclose(loss, lost, rtol=1e-4), "statistics() must have the loss of hard values", quantizer)
 
 
+def _check_size(quantizer: Quantizer, x: Tensor, method: str) -> None:
+    lost = []
+    for size in (1, 64):
+        own = copy.deepcopy(quantizer)
+        own.calibrate_(size * x, method)
+        lost.append(float((x - own.hard(size * x).detach() / size).square().mean()))
+    _require(lost[1] <= 1.5 * lost[0], "calibrate_() must bring levels to the size of the data", quantizer)
+
+
+def _check_training(quantizer: Quantizer, x: Tensor) -> None:
+    y = quantizer.train()(x).detach().to(x)
+    if not quantizer.softens:
+        same = torch.allclose(y, quantizer.hard(x), atol=1e-5, rtol=1e-4)
+        _require(same, "training must see the hard values, or the quantizer say softens", quantizer)
+
+
 def _check_gradients(quantizer: Quantizer, x: Tensor) -> None:
     x = x.clone().requires_grad_()
     quantizer.zero_grad()
     y = quantizer.train()(x)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    y.backward(upstream)
     learned = {name: p for name, p in quantizer.named_parameters() if p.requires_grad}
     for name, parameter in {"the input": x, **learned}.items():
         gradient = parameter.grad
@@ -106,25 +142,68 @@ def _check_gradients(quantizer: Quantizer, x: Tensor) -> None:
         assert gradient is not None
         _require(bool(torch.isfinite(gradient).all()), f"the gradient of {name} must be finite", quantizer)
         _require(bool(gradient.abs().sum() > 0), f"the gradient of {name} must not vanish", quantizer)
+    assert x.grad is not None
+    share = float((x.grad * upstream).sum() / upstream.square().sum())
+    within = f"the gradient of the input must be {_SHARE} of that of the values, got {share:.3g} of it"
+    _require(_SHARE[0] <= share <= _SHARE[1], within, quantizer)
 
 
 def _check_dtypes(quantizer: Quantizer, x: Tensor) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         for training in (True, False):
             given = x.to(dtype)
-            y, expected = quantizer.train(training)(given), quantizer(given.float())
+            y, expected = (copy.deepcopy(quantizer.train(training))(v) for v in (given, given.float()))  # some move
             _require(y.dtype == dtype, f"{dtype} must come back as it was, got {y.dtype}", quantizer)
             close = torch.allclose(y.float(), expected, atol=1e-2, rtol=1e-2)
             _require(close, f"{dtype} must be computed in float32 at least", quantizer)
 
 
 def _check_state(quantizer: Quantizer, x: Tensor, make: Callable[[], Quantizer]) -> None:
-    fresh = make()
-    fresh.load_state_dict(quantizer.state_dict())
-    for what, twin in {"a copy": copy.deepcopy(quantizer), "its state": fresh}.items():
+    def loaded() -> Quantizer:
+        fresh = make()
+        fresh.load_state_dict(quantizer.state_dict())
+        return fresh
+
+    for what, of in {"a copy": lambda: copy.deepcopy(quantizer), "its state": loaded}.items():
+        twin = of()
+        _require(torch.equal(twin.hard(x), quantizer.hard(x)), f"{what} must have the same hard values", quantizer)
         for training in (False, True):
             same = torch.equal(twin.train(training)(x), quantizer.train(training)(x))
             _require(same, f"{what} must compute the same, training={training}", quantizer)
+
+
+def _check_widths(spec: LayerSpec, generator: torch.Generator) -> None:
+    weight, sample = torch.randn(8, 12, generator=generator), torch.randn(64, 12, generator=generator)
+    least, most = find_method(spec.quantizer).bits
+    for bits in (spec.bits - 1, spec.bits + 1):
+        if not least <= bits <= most or (bits == 2 and spec.quantizer == "minmax"):
+            continue
+        try:
+            other = replace(spec, bits=bits, activation_bits="same", levels=None)
+            wanted = _layer(other, weight)
+        except ValueError:
+            continue  # too few candidates
+        changed = _layer(spec, weight)
+        set_widths(nn.Sequential(changed), {"0": other})
+        for layer in (changed, wanted):
+            if layer.input_quantizer is not None:
+                layer.input_quantizer.calibrate_(sample, float(sample.min()), spec.scale_init)
+            layer.eval()
+        same = torch.equal(changed.quantized_weight(), wanted.quantized_weight())
+        same = same and torch.equal(changed(sample), wanted(sample))
+        _require(same, f"a layer that changes to {bits} bits must be as one of them", changed)
+
+
+def _layer(spec: LayerSpec, weight: Tensor) -> QuantLayer:
+    """A linear layer with this weight, quantized."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data.copy_(weight)
+    layout = ScaleLayout.per_channel(weight.shape) if spec.granularity == "channel" else ScaleLayout()
+    quantizer = build_weight_quantizer(spec, layout, weight.numel())
+    quantizer.calibrate_(weight, spec.scale_init)
+    from_float(layer, quantizer, build_activation_quantizer(spec))
+    layer.layer_spec = spec  # type: ignore[assignment]
+    return cast(QuantLayer, layer)
 
 
 def _check_activations(spec: LayerSpec, generator: torch.Generator) -> None:
@@ -137,13 +216,27 @@ def _check_activations(spec: LayerSpec, generator: torch.Generator) -> None:
             continue
         inputs.calibrate_(x / 2, float(x.min()), spec.scale_init)
         inputs.quantizer.set_slope(6.0)
+        _check_stays(inputs.quantizer, x)
         levels = inputs.quantizer.level_values()
         hard = inputs.eval()(x)
         _require(set(hard.unique().tolist()) <= set(levels.tolist()), "activations must be levels", inputs)
         zero = inputs(torch.zeros(1, 3))
         stays = inputs.quantizer.shifts or not bool(zero.any())
         _require(stays, "zero must stay zero, because padding inserts zeros, or the quantizer say shifts", inputs)
-        _require(torch.equal(inputs.quantizer.hard(x), hard), "evaluation must give the hard values", inputs)
-        back = inputs.quantizer.decode(inputs.quantizer.encode(x))
+        quantizer = inputs.quantizer
+        _require(torch.equal(quantizer.hard(x), hard), "evaluation must give the hard values", inputs)
+        width = spec.activation_codes(signed=False).bits
+        _require(quantizer.codes.bits <= width, f"codes must fit in {width} bits", inputs)
+        back = quantizer.decode(quantizer.encode(x))
         _require(torch.equal(back, hard), "codes must give back hard values", inputs)
-        _check_gradients(inputs.quantizer, x)
+        for check in (_check_training, _check_gradients, _check_dtypes):
+            check(quantizer, x)
+        _check_state(quantizer, x, partial(_fresh_input, spec, bool((x < 0).any())))
+        _check_size(quantizer, x, spec.scale_init)
+
+
+def _fresh_input(spec: LayerSpec, signed: bool) -> Quantizer:
+    inputs = build_activation_quantizer(spec)
+    assert inputs is not None
+    inputs.quantizer.codes = inputs.code_ranges[int(signed and not inputs.quantizer.shifts)]
+    return inputs.quantizer

@@ -8,10 +8,12 @@ from torch import nn
 
 import lq
 from lq.cli.quantizers import details, main, table
-from lq.quantizers import REGISTRY, LSQQuantizer, Method, find_method, method_names
+from lq.functional.levels import CodeRange
+from lq.quantizers import REGISTRY, CodebookQuantizer, LSQQuantizer, Method, find_method, method_names
 from lq.spec import LayerSpec
 from lq.testing import check_quantizer
 from tests.helpers.commands import lq as command
+from tests.helpers.modules import Plain, fit
 
 
 class OffLevels(LSQQuantizer):
@@ -86,6 +88,67 @@ class Unranked(LSQQuantizer):
         return codes.abs()
 
 
+class NegatedGradient(LSQQuantizer):
+    def fake_quantize(self, x, scale, gradient_scale):
+        y = super().fake_quantize(x, scale, gradient_scale)
+        return 2 * y.detach() - y
+
+
+class SteepGradient(LSQQuantizer):
+    def fake_quantize(self, x, scale, gradient_scale):
+        y = super().fake_quantize(x, scale, gradient_scale)
+        return 10 * y - 9 * y.detach()
+
+
+class TrainsElsewhere(LSQQuantizer):
+    def fake_quantize(self, x, scale, gradient_scale):
+        return super().fake_quantize(x.flip(0), scale, gradient_scale)
+
+
+class TrainsOnOtherLevels(LSQQuantizer):
+    def fake_quantize(self, x, scale, gradient_scale):
+        return super().fake_quantize(x, 1.3 * scale, gradient_scale)
+
+
+class Wider(LSQQuantizer):
+    def __init__(self, codes, **common):
+        super().__init__(CodeRange(4 * codes.lo, 4 * codes.hi, codes.offset), **common)
+
+
+class Uncalibrated(LSQQuantizer):
+    def calibrate_(self, x, *args, **kwargs):
+        pass
+
+
+class KeepsWidth(LSQQuantizer):
+    def __init__(self, codes, **common):
+        super().__init__(codes, **common)
+        self.first = codes
+
+    def _rounding(self):
+        return self.first._asdict()
+
+
+class Bounded(LSQQuantizer):
+    bound = 0.1
+
+    def calibrate_(self, x, *args, **kwargs):
+        super().calibrate_(x, *args, **kwargs)
+        self.bound = float(x.max())
+
+    def _nearest(self, view, scale):
+        return super()._nearest(view.clamp_max(self.bound), scale)
+
+    def _encode(self, view, scale):
+        return super()._encode(view.clamp_max(self.bound), scale)
+
+
+class ChangesInput(LSQQuantizer):
+    def forward(self, x):
+        x.data.mul_(1.01)
+        return super().forward(x)
+
+
 def broken(kind, inputs=LSQQuantizer):
     def build(of):
         return lambda spec, codes, **common: of(codes, **common)
@@ -105,15 +168,48 @@ def broken(kind, inputs=LSQQuantizer):
         (broken(NoGradient), "scale must have a gradient"),
         (broken(Infinite), "the gradient of scale must be finite"),
         (broken(OtherType), "must come back as it was"),
-        (broken(Forgets), "its state must compute the same"),
+        (broken(Forgets), "training must see the hard values"),
         (broken(Unsettled), "levels must be their own hard values"),
         (broken(LSQQuantizer, NoZero), "zero must stay zero"),
+        (broken(LSQQuantizer, OtherType), "must come back as it was"),
+        (broken(Wider), "codes must fit in 3 bits"),
+        (broken(KeepsWidth), "a layer that changes to 2 bits must be as one of them"),
+        (broken(LSQQuantizer, KeepsWidth), "a layer that changes to 2 bits must be as one of them"),
+        *(
+            (broken(*kinds), message)
+            for kind, message in (
+                (NegatedGradient, "the gradient of the input must be .*, got -"),
+                (SteepGradient, "the gradient of the input must be .*, got [89]"),
+                (TrainsElsewhere, "training must see the hard values"),
+                (TrainsOnOtherLevels, "training must see the hard values"),
+                (Uncalibrated, "must bring levels to the size of the data"),
+                (Bounded, "its state must have the same hard values"),
+                (ChangesInput, "what is quantized must stay as it is"),
+            )
+            for kinds in ((kind,), (LSQQuantizer, kind))
+        ),
     ],
 )
 def test_what_is_broken_is_named(monkeypatch, method, message):
     monkeypatch.setitem(REGISTRY, "broken", method)
     with pytest.raises(AssertionError, match=message):
         check_quantizer(LayerSpec(quantizer="broken", bits=3))
+
+
+class Points(CodebookQuantizer):
+    """As another package may have them: registered under a name of its own."""
+
+
+def test_points_of_another_package_change_their_width(monkeypatch):
+    method = Method(
+        lambda spec, codes, **common: Points(spec.bits, **common), broken(LSQQuantizer).activation, "points"
+    )
+    monkeypatch.setitem(REGISTRY, "points", method)
+    check_quantizer(LayerSpec(quantizer="points", bits=3))
+    module = Plain(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 4)))
+    fit(module, [lq.LearnedQuantization(bits=3, quantizer="points"), lq.ProgressiveBits([8, 4])], max_epochs=3)
+    quantizer = module.net[1].weight_quantizer
+    assert (quantizer.codes.bits, quantizer.points.shape) == (3, (4,))
 
 
 @pytest.fixture
@@ -144,6 +240,8 @@ def test_a_method_of_another_package_is_found_and_passes_the_checks(package):
         find_method("wrong")
     with pytest.raises(ValueError, match=r"quantizer must be one of .*'mine', 'wrong'.*got 'absent'"):
         find_method("absent")
+    with pytest.raises(ValueError, match=r"quantizer must be one of .*got \['lsq'\]"):
+        find_method(["lsq"])
 
 
 def test_names_are_listed_once_and_our_own_stay_ours(package):

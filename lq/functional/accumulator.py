@@ -68,7 +68,8 @@ def bound_l1(rows: Tensor, log_norm: Tensor, limit: Tensor | None, *, centred: b
         total = 2 * torch.maximum(rows.relu().sum(1), (-rows).relu().sum(1))
     else:
         total = rows.abs().sum(1)
-    usable = total > norm.detach() * _NOTHING
+    least = torch.finfo(rows.dtype).tiny  # below it the gradient of the quotient overflows
+    usable = (total > norm.detach() * _NOTHING) & (total >= least)
     factor = torch.where(usable, norm / torch.where(usable, total, 1), 1)
     return rows * factor[:, None]
 

@@ -186,7 +186,8 @@ def choices(
     if points.numel() < count:
         raise ValueError(
             f"candidates must be at least as many as the points chosen, got {points.numel()} for {count} points of "
-            f"{bits} bits{' with signs' if signed else ''}: lower bits, or choose a larger set such as 'three_words'"
+            f"{bits} bits{' with signs' if signed else ''}: lower bits, or choose a larger set: 'three_words' "
+            "has 64, 'uniform' as many as any width has"
         )
     return points
 

@@ -127,4 +127,4 @@ class InputLearnedStepsQuantizer(LearnedStepsQuantizer):
     @property
     def below(self) -> int:
         """Levels below zero."""
-        return super().below if self.codes.lo < 0 else 0
+        return len(self.steps) // 2 + 1 if self.codes.lo < 0 else 0  # super().below is not traced by torch.compile

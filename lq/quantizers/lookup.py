@@ -44,10 +44,11 @@ def find_method(name: str) -> Method:
         ValueError: for a name that neither the registry nor a package knows, and for a package that offers something
             else than a `Method`.
     """
-    if name in REGISTRY:
+    known = isinstance(name, str)
+    if known and name in REGISTRY:
         return REGISTRY[name]
     offered = _offered()
-    if name not in offered:
+    if not known or name not in offered:
         raise ValueError(
             f"quantizer must be one of {tuple(method_names())}, got {name!r}: choose one of those or add it with "
             "lq.quantizers.register_quantizer"

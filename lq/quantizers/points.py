@@ -9,6 +9,7 @@ from torch import Tensor
 from lq.functional.layout import positive
 from lq.functional.levels import CodeRange
 from lq.functional.points import decode_points, encode_points, midpoints
+from lq.functional.shift_add import has_integer_points
 from lq.functional.soft_points import PointSet, point_regularizer, point_staircase, point_statistics
 from lq.functional.statistics import LevelStatistics
 from lq.quantizers.soft import SoftQuantizer
@@ -75,7 +76,7 @@ class PointQuantizer(SoftQuantizer):
     @property
     def shiftable(self) -> bool:
         """Whether points are whole multiples of one power of two, so that a product is shifts and additions."""
-        return True
+        return has_integer_points(self.points)
 
     def level_values(self) -> Tensor:
         """All levels, ascending.

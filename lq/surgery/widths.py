@@ -5,7 +5,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lq.nn import QuantLayer, named_quantized_layers
-from lq.quantizers import Quantizer, WeightNormalizer, build_activation_quantizer, build_weight_quantizer
+from lq.quantizers import (
+    PointQuantizer,
+    Quantizer,
+    WeightNormalizer,
+    build_activation_quantizer,
+    build_weight_quantizer,
+)
 from lq.spec import POINT_QUANTIZERS, LayerSpec, QuantSpec
 from lq.surgery.plan import make_plan
 from lq.surgery.report import SwapReport
@@ -49,7 +55,7 @@ def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec], *, calibrate: b
             continue
         assert isinstance(old, LayerSpec)
         layer.layer_spec = new  # type: ignore[assignment]
-        points = bool({new.quantizer, old.quantizer} & set(POINT_QUANTIZERS))
+        points = new.quantizer != old.quantizer or old.quantizer in POINT_QUANTIZERS or _has_points(layer)
         codes = layer.weight_quantizer.codes
         if not points:
             layer.weight_quantizer.adopt_(new)
@@ -65,6 +71,13 @@ def set_widths(model: nn.Module, specs: Mapping[str, LayerSpec], *, calibrate: b
             layer.weight_quantizer.calibrate_(layer.float_weight(bounded=False), new.scale_init)
         if layer.input_quantizer is not None:
             layer.input_quantizer.set_ranges_(new.activation_codes)
+
+
+def _has_points(layer: QuantLayer) -> bool:
+    """Whether buffers of its quantizers, of another package's, too, are as large as a width makes them."""
+    inputs = layer.input_quantizer
+    each = [layer.weight_quantizer, *([] if inputs is None else [inputs.quantizer])]
+    return any(isinstance(quantizer, PointQuantizer) for quantizer in each)
 
 
 def _rebuild(layer: QuantLayer, spec: LayerSpec, rebuilt: dict[Quantizer, Quantizer], calibrate: bool) -> None:

@@ -243,6 +243,11 @@ UNSUPPORTED = {
         r"3: the levels of quantizer=codebook .*=subset",
     ),
     "real exponents": (small_cnn, {"quantizer": "dlq", "bits": 3}, r"3: the levels of quantizer=dlq are real numbers"),
+    "no powers of two": (
+        small_cnn,
+        {"quantizer": "subset", "bits": 3, "candidates": [0.1, 0.25, 0.5, 1.0]},
+        r"real numbers without an integer form: use quantizer=subset with candidates that are sums of powers of two",
+    ),
     "a product": (Branching, {}, r"mul: mul has no integer form here.*target=onnx"),
     "an activation": (
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), nn.Conv2d(3, 3, 1)),

@@ -116,6 +116,7 @@ def operators(path, folder):
         ({"bits": 4, "grid": "mid_rise"}, True, 2),
         ({"bits": 4, "quantizer": "subset"}, True, 2),
         ({"bits": 4, "quantizer": "codebook"}, True, 0),
+        ({"bits": 3, "quantizer": "subset", "candidates": [0.1, 0.25, 0.5, 0.75, 1.0]}, True, 0),
     ],
 )
 def test_runtimes_compute_in_integers_where_they_may(tmp_path, spec, integers, fused):
@@ -155,6 +156,7 @@ REAL = {
     "many exponents": {"bits": 6, "quantizer": "log2", "granularity": "channel"},
     "a codebook": {"bits": 3, "quantizer": "codebook"},
     "wide mid-rise": {"bits": 8, "grid": "mid_rise"},
+    "no powers of two": {"bits": 3, "quantizer": "subset", "candidates": [0.1, 0.3, 0.6, 0.8, 1.0]},
     "large multiples": {"bits": 5, "quantizer": "subset", "candidates": "three_words"},
     "points per channel": {"bits": 3, "quantizer": "subset", "granularity": "channel", "points_per": "channel"},
     "a gain below zero": {"bits": 4},

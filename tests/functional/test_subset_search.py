@@ -199,7 +199,10 @@ def test_given_scales_are_the_only_ones():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 5}, "candidates must be at least as many as the points chosen, got 15 for 16 points"),
+        (
+            {"bits": 5},
+            "candidates must be at least as many as the points chosen, got 15 for 16 points .* 'uniform' as many as",
+        ),
         ({"bits": 9}, "bits must be an integer from 2 to 8, got 9"),
         ({"power": 3}, "power must be 2 or 4, got 3"),
         ({"importance": torch.tensor(-1.0)}, "importance must be finite and not negative"),

@@ -163,6 +163,18 @@ def test_a_dip_of_the_scale_does_no_lasting_harm():
 
 
 @pytest.mark.parametrize("method", ["a2q", "a2q_plus"])
+@pytest.mark.parametrize("size", [1e-30, 1e-42])
+def test_weights_of_nearly_nothing_have_gradients(method, size):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight.data.mul_(size)
+    lq.quantize_model(model, lq.QuantSpec(quantizer=method, granularity="channel", first_last_bits=None))
+    lq.calibrate(model, [torch.randn(8, 8)])
+    model.train()(torch.randn(8, 8)).sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("method", ["a2q", "a2q_plus"])
 def test_rows_of_zeros_can_leave_zero_and_constant_ones_stay_bounded(method):
     model = nn.Sequential(nn.Linear(9, 4, bias=False))
     with torch.no_grad():

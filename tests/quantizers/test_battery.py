@@ -1,5 +1,6 @@
 """Every quantizer in the registry passes the same battery."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -187,6 +188,18 @@ def test_compiles_without_a_graph_break(made):
     torch.compiler.reset()
     compiled = torch.compile(quantizer.train(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(weight), quantizer(weight), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sign", ["signed", "unsigned"])
+@pytest.mark.parametrize("name", REGISTRY)
+def test_inputs_compile_without_a_graph_break(name, sign):
+    sample = torch.randn(8, 12) if sign == "signed" else torch.rand(8, 12)
+    inputs = build_activation_quantizer(LayerSpec(quantizer=name, bits=3, activation=sign))
+    inputs.calibrate_(sample, float(sample.min()))
+    inputs.quantizer.set_slope(6.0)
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(inputs.train()), fullgraph=True, backend="aot_eager")  # ranges move
+    torch.testing.assert_close(compiled(sample), inputs(sample), atol=1e-4, rtol=1e-4)
 
 
 def test_slope_zero_is_the_identity_inside_the_range():
