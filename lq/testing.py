@@ -176,7 +176,7 @@ def _check_widths(spec: LayerSpec, generator: torch.Generator) -> None:
     weight, sample = torch.randn(8, 12, generator=generator), torch.randn(64, 12, generator=generator)
     least, most = find_method(spec.quantizer).bits
     for bits in (spec.bits - 1, spec.bits + 1):
-        if not least <= bits <= most or (bits == 2 and spec.quantizer == "minmax"):
+        if not least <= bits <= most:
             continue
         try:
             other = replace(spec, bits=bits, activation_bits="same", levels=None)
