@@ -11,7 +11,7 @@ from torch import nn
 from lq.spec import LayerSpec, QuantSpec
 from lq.surgery import caps_and_biases, layer_specs, rebuild, restore_parts, set_widths
 
-__all__ = ["checkpoint_entry", "checkpoint_spec", "load_from_checkpoint", "restore_plan"]
+__all__ = ["checkpoint_entry", "checkpoint_spec", "differences", "load_from_checkpoint", "restore_plan"]
 
 KEY = "lq"
 VERSION = 1
@@ -50,14 +50,30 @@ def restore_plan(model: nn.Module, checkpoint: Mapping[str, Any], spec: QuantSpe
     saved, present = checkpoint_spec(checkpoint).to_dict(), spec.to_dict()
     if "auto" in (saved["grid"], present["grid"]) and _same_grids(entry, model):
         saved["grid"] = present["grid"]
-    changes = [f"{k}: checkpoint {saved[k]!r}, callback {present[k]!r}" for k in saved if saved[k] != present[k]]
-    if changes:
+    if changes := differences(saved, present):
         raise ValueError(
             "the checkpoint must be of the same QuantSpec as the callback, they differ in "
-            f"{'; '.join(changes)}. Give the callback the checkpoint's values, or start anew without ckpt_path"
+            f"{changes}. Give the callback the checkpoint's values, or start anew without ckpt_path"
         )
     _restore_layers(model, entry)
     restore_parts(model, entry.get("caps", {}), entry.get("biases", ()))
+
+
+def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Settings of a callback that are not those of a checkpoint, in words.
+
+    Args:
+        saved: those of the checkpoint.
+        present: those of the callback; what it does not have is passed over.
+
+    Returns:
+        The words, empty where they agree.
+
+    >>> differences({"bits": 3, "levels": None}, {"bits": 4, "levels": None})
+    'bits: checkpoint 3, callback 4'
+    """
+    changed = [name for name in saved if name in present and saved[name] != present[name]]
+    return "; ".join(f"{name}: checkpoint {saved[name]!r}, callback {present[name]!r}" for name in changed)
 
 
 def checkpoint_spec(checkpoint: Mapping[str, Any]) -> QuantSpec:

@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 from lq.functional.layout import ScaleLayout
 from lq.layer_spec import LayerSpec
-from lq.nn import QuantLayer, from_float
-from lq.quantizers import Quantizer, build_activation_quantizer, build_weight_quantizer, find_method
-from lq.surgery import set_widths
+from lq.nn import QuantLayer
+from lq.quantizers import (
+    ActivationQuantizer,
+    Quantizer,
+    build_activation_quantizer,
+    build_weight_quantizer,
+    find_method,
+)
+from lq.spec import QuantSpec
+from lq.surgery import apply_plan, make_plan, set_widths
 
 __all__ = ["check_quantizer"]
 
@@ -196,14 +203,10 @@ def _check_widths(spec: LayerSpec, generator: torch.Generator) -> None:
 
 def _layer(spec: LayerSpec, weight: Tensor) -> QuantLayer:
     """A linear layer with this weight, quantized."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight.data.copy_(weight)
-    layout = ScaleLayout.per_channel(weight.shape) if spec.granularity == "channel" else ScaleLayout()
-    quantizer = build_weight_quantizer(spec, layout, weight.numel())
-    quantizer.calibrate_(weight, spec.scale_init)
-    from_float(layer, quantizer, build_activation_quantizer(spec))
-    layer.layer_spec = spec  # type: ignore[assignment]
-    return cast(QuantLayer, layer)
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+    cast(Tensor, model[0].weight).data.copy_(weight)
+    apply_plan(model, make_plan(model, QuantSpec(**spec.to_dict(), first_last_bits=None)))
+    return cast(QuantLayer, model[0])
 
 
 def _check_activations(spec: LayerSpec, generator: torch.Generator) -> None:
@@ -231,12 +234,13 @@ def _check_activations(spec: LayerSpec, generator: torch.Generator) -> None:
         _require(torch.equal(back, hard), "codes must give back hard values", inputs)
         for check in (_check_training, _check_gradients, _check_dtypes):
             check(quantizer, x)
-        _check_state(quantizer, x, partial(_fresh_input, spec, bool((x < 0).any())))
+        _check_state(quantizer, x, partial(_twin, spec, inputs))
         _check_size(quantizer, x, spec.scale_init)
 
 
-def _fresh_input(spec: LayerSpec, signed: bool) -> Quantizer:
-    inputs = build_activation_quantizer(spec)
-    assert inputs is not None
-    inputs.quantizer.codes = inputs.code_ranges[int(signed and not inputs.quantizer.shifts)]
-    return inputs.quantizer
+def _twin(spec: LayerSpec, inputs: ActivationQuantizer) -> Quantizer:
+    """That of a fresh input quantizer, with the sign that another one's state says."""
+    fresh = build_activation_quantizer(spec)
+    assert fresh is not None
+    fresh.load_state_dict(inputs.state_dict())
+    return fresh.quantizer

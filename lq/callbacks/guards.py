@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lq.checkpoints import differences
 from lq.functional import LevelStatistics
 from lq.network import scale_parameters
 from lq.nn import QuantLayer, named_quantized_layers
@@ -226,9 +227,8 @@ def warn_of_other_schedule(saved: Mapping[str, Any], present: Mapping[str, Any])
         saved: settings of the schedule in the checkpoint; those that a later version has beside them are passed over.
         present: of the callback.
     """
-    changes = [f"{k}: checkpoint {v!r}, callback {present[k]!r}" for k, v in saved.items() if present.get(k, v) != v]
-    if changes:
+    if changes := differences(saved, present):
         rank_zero_warn(
-            f"the fit goes on under another schedule than it began with, {'; '.join(changes)}: give the callback the "
+            f"the fit goes on under another schedule than it began with, {changes}: give the callback the "
             "checkpoint's values for the fit that was interrupted"
         )

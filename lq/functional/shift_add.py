@@ -61,8 +61,10 @@ def integer_points(points: Tensor) -> tuple[Tensor, int]:
     >>> integer_points(torch.tensor([0.0, 0.25, 1.5]))
     (tensor([0, 1, 6], dtype=torch.int32), 2)
     """
-    scaled, k = _scaled(points)
-    if not has_integer_points(points):
+    exponents = [e for p in points.abs().flatten().tolist() if p for e in powers_of_two(p)]
+    k = -min(exponents, default=0)
+    scaled = points.double() * 2.0**k
+    if not bool((scaled.abs() < 2**24).all()):
         raise ValueError(
             f"points must be sums of few powers of two within 24 bits of each other, got {points.tolist()}: choose "
             "candidates that are, 0.125 in place of 0.1"
@@ -71,7 +73,7 @@ def integer_points(points: Tensor) -> tuple[Tensor, int]:
 
 
 def has_integer_points(points: Tensor) -> bool:
-    """Whether `integer_points` are below 2^24.
+    """Whether points have `integer_points`.
 
     Args:
         points: any.
@@ -82,13 +84,11 @@ def has_integer_points(points: Tensor) -> bool:
     >>> has_integer_points(torch.tensor([0.125, 1.5])), has_integer_points(torch.tensor([0.1, 1.5]))
     (True, False)
     """
-    return bool((_scaled(points)[0].abs() < 2**24).all())
-
-
-def _scaled(points: Tensor) -> tuple[Tensor, int]:
-    exponents = [e for p in points.abs().flatten().tolist() if p for e in powers_of_two(p)]
-    k = -min(exponents, default=0)
-    return points.double() * 2.0**k, k
+    try:
+        integer_points(points)
+    except ValueError:
+        return False
+    return True
 
 
 def make_decoder(values: Tensor) -> Decoder:

@@ -53,6 +53,9 @@ class LearnedStepsQuantizer(PointQuantizer):
     @property
     def below(self) -> int:
         """Levels below zero."""
+        return self._half()
+
+    def _half(self) -> int:  # a method: torch.compile does not trace super().below
         return len(self.steps) // 2 + 1
 
     def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
@@ -127,4 +130,4 @@ class InputLearnedStepsQuantizer(LearnedStepsQuantizer):
     @property
     def below(self) -> int:
         """Levels below zero."""
-        return len(self.steps) // 2 + 1 if self.codes.lo < 0 else 0  # super().below is not traced by torch.compile
+        return self._half() if self.codes.lo < 0 else 0
