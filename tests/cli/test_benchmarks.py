@@ -42,9 +42,11 @@ def test_every_change_of_the_ablation_is_one_of_settings_that_exist(benchmark):
 
 def test_every_row_of_the_table_is_one_of_settings_that_exist(benchmark):
     table = benchmark("accuracy")
+    # what a method sets and what a network sets are lists side by side: each is composed once, not each pair
+    for method in table.METHODS:
+        assert composed(benchmark, method=method).trainer.max_epochs == 1
     for network in table.NETWORKS:
-        for method in table.METHODS:
-            assert composed(benchmark, method=method, network=network).trainer.max_epochs == 1
+        assert composed(benchmark, network=network).trainer.max_epochs == 1
     for extras in table.EXTRAS:
         assert composed(benchmark, extras=extras).quantizer.bits == 2
 

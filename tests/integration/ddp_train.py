@@ -1,10 +1,13 @@
-"""Run by test_ddp.py in two processes: train with the callback and by hand, write the weights of both."""
+"""Run by test_ddp.py in two processes: in each mode train with the callback and by hand, write the weights of both."""
 
 import copy
 import sys
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
@@ -86,9 +89,8 @@ def rounded_otherwise(model, layers, products, **options):
     return done
 
 
-def main(out: Path, mode: str) -> None:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def compare(rank: int, mode: str) -> dict[str, Any]:
+    """Train with the callback and by hand; what of both the ranks have to agree on."""
     every = 2 if mode in ("accumulation-clipping", "manual") else 1
     plain, hand = (Manual, ByHandManual) if mode == "manual" else (Plain, ByHand)
     common = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False, **MODES[mode]}
@@ -100,10 +102,11 @@ def main(out: Path, mode: str) -> None:
     rounded = mode == "rounded"
     callback = lq.LearnedQuantization(**SETTINGS, start_rounding="error_feedback" if rounded else None)
     first = First()
-    if rounded and rank:  # as another processor might
-        first_batches.feed_back = rounded_otherwise
     distilled = [lq.SelfDistillation("net", weight=WEIGHT, temperature=TEMPERATURE)] if mode == "distilled" else []
-    fit(target, [*distilled, callback, first], sharded(rank), **common)
+    with pytest.MonkeyPatch.context() as patch:
+        if rounded and rank:  # as another processor might
+            patch.setattr(first_batches, "feed_back", rounded_otherwise)
+        fit(target, [*distilled, callback, first], sharded(rank), **common)
     if distilled:
         pairs = zip(distilled[0].teacher.parameters(), net.parameters(), strict=True)
         assert all(torch.equal(teaches, given) for teaches, given in pairs)
@@ -121,17 +124,22 @@ def main(out: Path, mode: str) -> None:
     values = torch.tensor([[1.0, 1.0], [0.0, 0.25]]) * quantizer.scale.detach()
     metric.update(values[rank], quantizer)
     whole.update(values, quantizer)
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    result = {
+    return {
         "callback": first.weights if rounded else weights_of(module),
         "by_hand": weights_of(twin),
-        "buffers": buffers,
+        "buffers": {name: buffer.clone() for name, buffer in module.named_buffers()},
         "alignment": torch.stack([metric.compute(), whole.compute()]),
         "step": torch.tensor(callback.annealing.step),
     }
-    torch.save(result, out / f"rank{rank}.pt")
+
+
+def main(out: Path, modes: Sequence[str]) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for mode in modes:
+        torch.save(compare(rank, mode), out / f"{mode}-rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:] or list(MODES))
