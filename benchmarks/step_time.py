@@ -2,14 +2,16 @@
 
     python benchmarks/step_time.py --threads 1 --rounds 45
     python benchmarks/step_time.py --threads 1 --rounds 10 --compile
-    python benchmarks/step_time.py --threads 1 --memory          # peak memory of a step, each in a process of its own
+    python benchmarks/step_time.py --threads 1 --memory          # peak memory of a step, median of five processes
 
-Writes benchmarks/results/step_time.csv (or step_time_compile.csv, step_memory.csv). Seed 0, random weights and images.
+Writes benchmarks/results/step_time.csv (or step_time_compile.csv, step_memory.csv; with --bf16, of steps in mixed
+precision, step_time_bf16.csv and so on). Seed 0, random weights and images.
 """
 
 import argparse
 import csv
 import ctypes
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +50,7 @@ def build(network: str, variant: str) -> tuple[nn.Module, torch.Tensor, torch.Te
     return model.train(), images, targets
 
 
-def stepper(network: str, variant: str, compiled: bool):
+def stepper(network: str, variant: str, compiled: bool, bf16: bool):
     """A function that takes one training step."""
     model, images, targets = build(network, variant)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -56,7 +58,9 @@ def stepper(network: str, variant: str, compiled: bool):
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(forward(images), targets).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(forward(images), targets)
+        loss.backward()
         optimizer.step()
 
     return step
@@ -66,21 +70,21 @@ def time_steps(options: argparse.Namespace) -> None:
     """Ratios to the float step."""
     rows = []
     for network in NETWORKS:
-        steps = {variant: stepper(network, variant, options.compile) for variant in VARIANTS}
+        steps = {variant: stepper(network, variant, options.compile, options.bf16) for variant in VARIANTS}
         seconds = interleaved(steps, options.rounds)
         base = sorted(seconds["float"])[options.rounds // 2] * 1e3
         for variant in VARIANTS:
             middle, low, high = ratio(seconds, variant, "float")
             rows.append([network, variant, f"{middle:.2f}", f"{low:.2f}", f"{high:.2f}", f"{base:.0f}"])
             print(*rows[-1], sep="\t", flush=True)
-    write("step_time_compile.csv" if options.compile else "step_time.csv", rows, options)
+    write("step_time_compile" if options.compile else "step_time", rows, options)
 
 
 def write(name: str, rows: list[list[str]], options: argparse.Namespace) -> None:
     header = ["network", "variant", "ratio", "lower quartile", "upper quartile", "float ms", "threads", "rounds"]
     if "memory" in name:
         header = ["network", "variant", "MB in a step above between steps", "ratio to float", "threads"]
-    with (RESULTS / name).open("w", newline="") as file:
+    with (RESULTS / f"{name}{'_bf16' if options.bf16 else ''}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         tail = [options.threads] if "memory" in name else [options.threads, options.rounds]
@@ -94,15 +98,17 @@ def memory(options: argparse.Namespace) -> None:
         base = 0.0
         for variant in VARIANTS:
             command = [sys.executable, __file__, "--threads", str(options.threads), "--child", network, variant]
-            used = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            command += ["--bf16"] if options.bf16 else []
+            runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(5)]
+            used = statistics.median(float(run.stdout) for run in runs)  # what an allocator keeps differs by run
             base = base or used
             rows.append([network, variant, f"{used:.0f}", f"{used / base:.2f}"])
             print(*rows[-1], sep="\t", flush=True)
-    write("step_memory.csv", rows, options)
+    write("step_memory", rows, options)
 
 
-def child(network: str, variant: str) -> None:
-    step = stepper(network, variant, False)
+def child(network: str, variant: str, bf16: bool) -> None:
+    step = stepper(network, variant, False, bf16)
     step()  # gradients and momentum stay; they are not what a step needs for itself
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
@@ -123,11 +129,12 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision, as trainer.precision=bf16-mixed")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     if parsed.child:
-        child(*parsed.child)
+        child(*parsed.child, parsed.bf16)
     elif parsed.memory:
         memory(parsed)
     else:

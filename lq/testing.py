@@ -34,11 +34,11 @@ def check_quantizer(spec: LayerSpec) -> None:
     Of weights, with one scale per tensor and one per channel: hard values are levels, and so are their own hard values,
     and levels follow the size of the weights; stored codes fit in the spec's bits and give hard values back exactly,
     and ranks of codes give codes; the regularizer draws to held codes, and the quantization loss is of hard values;
-    training sees hard values, unless the quantizer ``softens``; gradients of weights lead where those of their values
-    do, and of everything learned are finite, and not all zero; copies and a state dict compute the same; half precision
-    comes back as it was; what is quantized stays as it is; a layer whose width changes has the levels of one that had
-    it from the start. Of activations: nothing happens before calibration; afterwards the same, and zero stays zero
-    unless the quantizer ``shifts``.
+    training sees hard values, unless the quantizer ``softens``, at levels that do not move with the weights, unless it
+    says so; gradients of weights lead where those of their values do, and of everything learned are finite, and not all
+    zero; copies and a state dict compute the same; half precision comes back as it was; what is quantized stays as it
+    is; a layer whose width changes has the levels of one that had it from the start. Of activations: nothing happens
+    before calibration; afterwards the same, and zero stays zero unless the quantizer ``shifts``.
 
     Args:
         spec: names the method by ``quantizer``, and says how.
@@ -62,7 +62,7 @@ def check_quantizer(spec: LayerSpec) -> None:
         width = spec.weight_codes.bits
         _require(quantizer.codes.bits <= width, f"codes must fit in {width} bits", quantizer)
         checks = (_check_stays, _check_levels, _check_codes, _check_pull)
-        for check in (*checks, _check_training, _check_gradients, _check_dtypes):
+        for check in (*checks, _check_training, _check_scale, _check_gradients, _check_dtypes):
             check(quantizer, weight)
         _check_state(quantizer, weight, make)
         _check_size(quantizer, weight, spec.scale_init)
@@ -134,6 +134,14 @@ def _check_training(quantizer: Quantizer, x: Tensor) -> None:
     if not quantizer.softens:
         same = torch.allclose(y, quantizer.hard(x), atol=1e-5, rtol=1e-4)
         _require(same, "training must see the hard values, or the quantizer say softens", quantizer)
+
+
+def _check_scale(quantizer: Quantizer, x: Tensor) -> None:
+    own = copy.deepcopy(quantizer).train()
+    own(x / 2)
+    stays = torch.equal(own.level_values(), quantizer.level_values())
+    said = own.follows_weights or own.watches_sums
+    _require(stays or said, "levels must not move with weights in training, or follows_weights say so", quantizer)
 
 
 def _check_gradients(quantizer: Quantizer, x: Tensor) -> None:

@@ -149,6 +149,13 @@ class ChangesInput(LSQQuantizer):
         return super().forward(x)
 
 
+class FollowsSilently(LSQQuantizer):
+    def forward(self, x):
+        if self.training:
+            self.scale.data.copy_(self.layout.rows(x.detach()).abs().amax(1) / self.codes.hi)
+        return super().forward(x)
+
+
 def broken(kind, inputs=LSQQuantizer):
     def build(of):
         return lambda spec, codes, **common: of(codes, **common)
@@ -173,6 +180,7 @@ def broken(kind, inputs=LSQQuantizer):
         (broken(LSQQuantizer, NoZero), "zero must stay zero"),
         (broken(LSQQuantizer, OtherType), "must come back as it was"),
         (broken(Wider), "codes must fit in 3 bits"),
+        (broken(FollowsSilently), "levels must not move with weights in training, or follows_weights say so"),
         (broken(KeepsWidth), "a layer that changes to 2 bits must be as one of them"),
         (broken(LSQQuantizer, KeepsWidth), "a layer that changes to 2 bits must be as one of them"),
         *(

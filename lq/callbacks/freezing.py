@@ -23,7 +23,8 @@ class IterativeFreezing(StepCounter):
 
     The threshold falls along a cosine over the fit. Place it behind `LearnedQuantization`. Frozen weights follow their
     level, which goes on learning. Layers that compute their weight from others (standardization, normalization), or
-    whose scale weights held at their codes would move (oaq, pact, minmax with fold_norms), are left alone and named.
+    whose scale follows the weights and would move with those held (oaq, pact, minmax, log2, dlq), are left alone and
+    named.
 
     Args:
         threshold_start: share of steps on which a weight may turn back at the start.

@@ -100,27 +100,38 @@ class _LSQ(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, offset: float, gradient_scale: float, toward_zero: bool
     ) -> Tensor:
         s = positive(scale)
-        u = x / s
-        if offset:
-            u = u.sub_(offset)
-        y = (u.trunc_() if toward_zero else u.round_()).clamp_(lo, hi)
-        if offset:
-            y = y.add_(offset)
-        y = y.mul_(s)
-        ctx.save_for_backward(x, y, scale)
-        ctx.bounds = (lo + offset, hi + offset, gradient_scale)
-        return y
+        # levels are found again in the backward pass: of half precision nothing is kept in float32
+        ctx.save_for_backward(x, scale)
+        ctx.levels, ctx.gradient_scale = (lo, hi, offset, toward_zero), gradient_scale
+        return _snap_(_in_steps(x, s), *ctx.levels).mul_(s).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, y, scale = ctx.saved_tensors
-        low, high, gradient_scale = ctx.bounds
+        x, scale = ctx.saved_tensors
+        lo, hi, offset, _ = ctx.levels
         s = positive(scale)
-        grad_x = pass_inside(grad, x / s, low, high)
-        # dy/ds is (y - x)/s inside the range and y/s outside; grad_x being 0 there, one formula serves both
-        grad_scale = (reduce_to_scale(grad, y, s) - reduce_to_scale(grad_x, x, s)) / s
-        return grad_x, grad_scale * torch.sign(scale) * gradient_scale, None, None, None, None, None
+        u = _in_steps(x, s)
+        grad = grad.to(u.dtype)
+        grad_x = pass_inside(grad, u, lo + offset, hi + offset)
+        # dy/ds is level - u inside the range and level outside; grad_x being 0 there, one formula serves both
+        inside = reduce_to_scale(grad_x, u, s)
+        grad_scale = reduce_to_scale(grad, _snap_(u, *ctx.levels), s) - inside
+        return grad_x.to(x.dtype), grad_scale * torch.sign(scale) * ctx.gradient_scale, None, None, None, None, None
+
+
+def _in_steps(x: Tensor, s: Tensor) -> Tensor:
+    """``x / s`` in the wider of their dtypes; a pass of its own to get there is faster than a mixed division."""
+    wide = x.to(torch.promote_types(x.dtype, s.dtype))
+    return wide / s if wide is x else wide.div_(s)
+
+
+def _snap_(u: Tensor, lo: int, hi: int, offset: float, toward_zero: bool) -> Tensor:
+    """Levels nearest to values in steps, in steps, in place."""
+    if offset:
+        u = u.sub_(offset)
+    u = (u.trunc_() if toward_zero else u.round_()).clamp_(lo, hi)
+    return u.add_(offset) if offset else u
 
 
 def lsq_quantize(
@@ -140,7 +151,7 @@ def lsq_quantize(
         dy/ds = y/s - x/s inside, lo + offset or hi + offset outside       (times ``gradient_scale``)
 
     Args:
-        x: floating point, any shape.
+        x: floating point, any shape; half precision is computed in the dtype of ``scale``, and kept as it is.
         scale: learned step, shape broadcastable to ``x``; its magnitude is used, so it can never turn negative.
         lo: smallest code.
         hi: largest code.
@@ -149,7 +160,7 @@ def lsq_quantize(
         toward_zero: see `quantize`.
 
     Returns:
-        Levels, shape of ``x``.
+        Levels, shape and dtype of ``x``.
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 1 to 3.
 

@@ -71,7 +71,7 @@ class Quantizer(QuantizerHooks):
         learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if not self.training and not learns:
             return self.hard(x)
-        view, scale = self._prepare(x)
+        view, scale = self._as_it_is(x) if self.takes_half else self._prepare(x)
         factor = 1.0
         if self.gradient_scale:
             factor = lsq_gradient_scale(self.count or x.numel() // max(x.shape[0], 1), self._largest())
@@ -264,8 +264,12 @@ class Quantizer(QuantizerHooks):
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor in the layout's view, in at least float32, and the scale broadcastable to it."""
-        dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
-        return self.layout.view(x.to(dtype)), self.layout.broadcast(self.scale.to(dtype))
+        return self._as_it_is(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def _as_it_is(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, of a tensor that keeps its dtype."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.layout.view(x), self.layout.broadcast(self.scale.to(dtype))
 
     def _restore(self, view: Tensor, shape: torch.Size) -> Tensor:
         """From the layout's view back to the shape of the tensor."""

@@ -24,6 +24,8 @@ class ComputedScaleQuantizer(Quantizer):
         **common: arguments of `Quantizer`.
     """
 
+    follows_weights = True
+
     def __init__(self, codes: CodeRange, **common: Any) -> None:
         """Nothing is learned."""
         super().__init__(codes, **common)

@@ -12,13 +12,14 @@ class QuantizerHooks(nn.Module):
 
     Attributes:
         watches_sums: whether `see_sums_` wants to see the layer's sums in training, and the scale changes with them.
-        follows_weights: whether the scale is computed from the weights in such a way that weights which are put onto
-            levels move it.
+        follows_weights: whether the scale is computed from the weights in training, so that weights which are put
+            onto levels move it.
         softens: whether training sees values between levels, or would if it did not round.
         shifts: whether levels begin at an offset: codes are unsigned whatever the values, and zero may be no level.
+        takes_half: whether `fake_quantize` takes half precision as it is, so that training keeps no copy in float32.
     """
 
-    watches_sums = follows_weights = softens = shifts = False
+    watches_sums = follows_weights = softens = shifts = takes_half = False
 
     def make_normalizer(self, weight: Tensor) -> WeightNormalizer:
         """What a weight passes before this quantizes it, where a spec says ``normalize``.

@@ -39,7 +39,7 @@ class LogQuantizer(PointQuantizer):
     [-0.25, 1.0]
     """
 
-    softens = False
+    softens, follows_weights = False, True
 
     def __init__(self, bits: int, *, span: float | None = None, **common: Any) -> None:
         """Place the points."""

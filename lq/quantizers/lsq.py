@@ -23,6 +23,8 @@ class LSQQuantizer(Quantizer):
     [0.0, 1.0, 1.0]
     """
 
+    takes_half = True
+
     def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
         """Nearest levels with straight-through gradient.
 

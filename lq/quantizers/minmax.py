@@ -43,7 +43,7 @@ class MinMaxQuantizer(ComputedScaleQuantizer):
     def __init__(self, codes: CodeRange, *, folded: bool = False, **common: Any) -> None:
         """No batch norm is known yet."""
         super().__init__(codes, **common)
-        self.folded = self.follows_weights = folded  # the largest of a channel stays it, until its factor changes
+        self.folded = folded
         if folded:  # kept with the state, so that a network that was loaded has the ratios of its channels
             self.register_buffer("factor", torch.ones(self.layout.scales))
         self._norm: tuple[nn.Module, ...] = ()  # no part of this module: a tuple hides it from the state

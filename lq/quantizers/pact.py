@@ -56,8 +56,6 @@ class SAWBQuantizer(ComputedScaleQuantizer):
     [-0.9, 0.9, -0.9, 0.9, 0.0]
     """
 
-    follows_weights = True
-
     def __init__(self, codes: CodeRange, **common: Any) -> None:
         """See that the number of levels has coefficients."""
         super().__init__(codes, **common)

@@ -28,8 +28,8 @@ def test_every_quantizer_trains_with_all_extras(quantizer):
     torch.manual_seed(0)
     module = Plain(small_cnn(), optimizer=lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=1e-4))
     before = module.net[0].weight.detach().clone()
-    # weights that others are computed from stay free, and those whose scale follows their sums or moments
-    free = LayerSpec(quantizer=quantizer).normalized or quantizer in ("oaq", "pact")
+    # weights that others are computed from stay free, and those that their scale follows
+    free = LayerSpec(quantizer=quantizer).normalized or quantizer in ("dlq", "log2", "minmax", "oaq", "pact")
     with pytest.warns(UserWarning, match="cannot be frozen") if free else nullcontext():
         trainer = fit(module, callbacks(quantizer, **PULL), loader(shape=SHAPE), epochs=2)
     assert trainer.global_step == 24

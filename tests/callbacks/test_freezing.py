@@ -157,10 +157,16 @@ def test_weights_are_not_held_at_codes_whose_scale_widens_with_their_sums():
     assert torch.equal(one.net[2].weight, alone.net[2].weight)
 
 
-FOLLOWING = [{"quantizer": "pact", "bits": 2, "grid": "mid_rise"}, {"quantizer": "minmax", "fold_norms": True}]
+FOLLOWING = {
+    "pact": {"quantizer": "pact", "bits": 2, "grid": "mid_rise"},
+    "minmax": {"quantizer": "minmax", "bits": 3},
+    "minmax, folded": {"quantizer": "minmax", "fold_norms": True},
+    "log2": {"quantizer": "log2"},
+    "dlq": {"quantizer": "dlq"},
+}
 
 
-@pytest.mark.parametrize("settings", FOLLOWING, ids=["pact", "minmax"])
+@pytest.mark.parametrize("settings", FOLLOWING.values(), ids=list(FOLLOWING))
 def test_weights_are_not_held_at_codes_whose_scale_they_would_move(settings):
     """The scale would fall or rise with every weight that is frozen, and the frozen weights with it."""
     given = {**QUANTIZATION, **settings, "first_last_bits": None}

@@ -68,6 +68,24 @@ def test_lsq_is_the_hard_quantizer_in_float32():
     assert torch.equal(lsq_quantize(x, s, lo=-7, hi=7), hard_quantize(x, s, lo=-7, hi=7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("codes", RANGES)
+def test_half_precision_is_computed_in_float32_and_kept_as_it_is(dtype, codes):
+    values, upstream = (torch.randn(6, 400) * 4).to(dtype), torch.randn(6, 400).to(dtype)
+    gradients, kept = [], []
+    for x in (values.clone(), values.float()):
+        s = torch.tensor([0.37], requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = lsq_quantize(x.requires_grad_(), s, **codes._asdict())
+        assert y.dtype == x.dtype
+        assert torch.equal(y, hard_quantize(values.float(), s, **codes._asdict()).to(x.dtype))
+        y.backward(upstream.to(x.dtype))
+        assert x.grad is not None
+        gradients.append((x.grad.to(dtype), s.grad))
+    assert {t.dtype for t in kept[:2] if t.numel() > 1} == {dtype}
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 def test_weights_on_an_end_level_still_learn():
     s = torch.tensor([0.1])
     x = torch.tensor([0.7, -0.7], requires_grad=True)

@@ -204,3 +204,16 @@ class TwoProducts(nn.Linear):
 def test_operator_weight_needs_exactly_one_product():
     with pytest.raises(ValueError, match="gives its weight to 2 convolution or linear operators"):
         operator_weight(TwoProducts(3, 3))
+
+
+@pytest.mark.parametrize("quantizer", ["soft", "lsq"])
+def test_mixed_precision_keeps_no_inputs_in_float32(quantizer):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3))
+    lq.quantize_model(model, lq.QuantSpec(quantizer=quantizer))
+    x, kept = torch.randn(64, 4, 8, 8), []
+    lq.calibrate(model.train(), [x])
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model[1](model[0](x))  # in bfloat16
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            model[2](x)
+    assert {t.dtype for t in kept if t.shape == x.shape} == {torch.bfloat16}
