@@ -17,7 +17,7 @@ from lq.callbacks.steps import StepCounter
 from lq.checks import require_integer, require_number
 from lq.network import quantizers, scale_parameters, set_slope
 from lq.nn import named_quantized_layers
-from lq.quantizers import ActivationQuantizer, SoftQuantizer
+from lq.quantizers import ActivationQuantizer, SoftQuantizer, find_method
 from lq.spec import LayerSpec
 from lq.surgery import layer_specs, set_widths
 
@@ -30,11 +30,11 @@ class ProgressiveBits(StepCounter):
     """Trains with more bits first: 8, then 4, then those of `LearnedQuantization`, in one fit.
 
     At each change levels are set anew, of weights from the weights and of inputs from training batches. Layers that end
-    with more bits than a stage has keep theirs; all stages have the last one's ``grid``; where a subset has fewer
-    candidates than a stage has points, that stage has evenly spaced ones. What keeps the best of a metric
-    (`ModelCheckpoint`, whose files stay, `EarlyStopping`, `ReduceLROnPlateau`, `lq.HoldOnPlateau`) forgets it at each
-    change: those networks had other widths. A resumed fit that is longer than the one before never goes back to more
-    bits.
+    with more bits than a stage has keep theirs; all stages have the last one's ``grid``; accumulators whose bound the
+    weights keep are wider by as much as the codes; where a subset has fewer candidates than a stage has points, that
+    stage has evenly spaced ones. What keeps the best of a metric (`ModelCheckpoint`, whose files stay, `EarlyStopping`,
+    `ReduceLROnPlateau`, `lq.HoldOnPlateau`) forgets it at each change: those networks had other widths. A resumed fit
+    that is longer than the one before never goes back to more bits.
 
     Args:
         bits: widths of the stages before the last, falling.
@@ -164,11 +164,14 @@ def _inputs(spec: LayerSpec) -> tuple[int, int] | None:
 
 
 def _widened(spec: LayerSpec, bits: int) -> LayerSpec:
-    """The spec with at least so many bits, of inputs, too."""
+    """The spec with at least so many bits, of inputs and, where sums of codes are bounded, of accumulators, too."""
     own = spec.activation_bits if spec.activation_bits != "same" else spec.weight_codes.bits
     changes: dict[str, Any] = {"activation_bits": max(bits, int(own))}
     if bits > spec.weight_codes.bits:
         changes |= {"bits": bits, "levels": None}
+    if find_method(spec.quantizer).heeds("accumulator_bits"):  # codes are finer by so many bits, and weights as large
+        finer = changes["activation_bits"] - int(own) + max(0, bits - spec.weight_codes.bits)
+        changes |= {"accumulator_bits": min(32, spec.accumulator_bits + finer)}
     try:
         return replace(spec, **changes)
     except ValueError:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from torch import nn
 
 import lq
 from lq.nn import named_quantized_layers
@@ -144,3 +145,33 @@ def test_bad_values_and_partners_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             fit(module(), [*callbacks, lq.ProgressiveBits()], loader(8, shape=SHAPE), **changes)
+
+
+class Zeros(Callback):
+    """Keeps which part of a middle layer's weights is zero on every batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        layer = pl_module.net[2]
+        self.seen.append(float((layer.quantized_weight() == 0).float().mean()))
+        self.last = layer.layer_spec
+
+
+@pytest.mark.parametrize("quantizer", ["a2q", "a2q_plus"])
+def test_bounded_sums_leave_wider_stages_no_fewer_weights(quantizer):
+    spec = {**QUANTIZATION, "bits": 4, "granularity": "channel", "accumulator_bits": 14, "first_last_bits": None}
+    parts = []
+    for stages in ([], [lq.ProgressiveBits([8], until=0.5)]):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(4)]
+        net, zeros = nn.Sequential(*layers), Zeros()
+        net(torch.zeros(1, *SHAPE))
+        one = Plain(net, optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9))
+        fit(one, [lq.LearnedQuantization(**spec, quantizer=quantizer), *stages, zeros], loader(8, shape=SHAPE))
+        assert zeros.last.accumulator_bits == 14
+        parts.append(zeros.seen)
+    plain, progressive = parts
+    assert max(plain) < 0.5
+    assert max(progressive[:4]) < plain[0]
