@@ -1,5 +1,7 @@
 """Accumulators of limited width: which layers could overflow, and scales that make sure that none can."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -56,7 +58,8 @@ def repair_accumulators(model: nn.Module, shape: tuple[int, ...], bits: int) -> 
     for plan in IntegerNetwork(model, shape).layers:
         layer = model.get_submodule(plan.path)
         assert isinstance(layer, QuantLayer)
-        start, scale = layer.weight_quantizer.scale.clone(), layer.weight_quantizer.scale
+        quantizer = layer.weight_quantizer
+        start, scale = copy.deepcopy(quantizer.state_dict()), quantizer.scale
         worst = plan.bounds.abs().amax(0)
         alive, over = worst > 0, worst > _limit(bits)
         for _ in range(_MOST):
@@ -65,12 +68,13 @@ def repair_accumulators(model: nn.Module, shape: tuple[int, ...], bits: int) -> 
             over = worst > _limit(bits)
             if not bool(over.any()) or bool((alive & (worst == 0)).any()):
                 break
-            scale.mul_(torch.where(over, _STEP, 1.0) if scale.numel() == len(over) else _STEP)
+            factors = torch.where(over, _STEP, 1.0) if scale.numel() == len(over) else torch.tensor([_STEP])
+            quantizer.coarsen_(factors.to(scale))
         if bool(over.any()) or bool((alive & (worst == 0)).any()):
-            scale.copy_(start)
+            quantizer.load_state_dict(start)
             raise ValueError(f"{plan.path}: no scale makes its accumulators fit in {bits} bits: allow more bits")
-        if not torch.equal(scale, start):
-            changed[plan.path] = float((scale / start).max())
+        if not torch.equal(scale, start["scale"]):
+            changed[plan.path] = float((scale / start["scale"]).max())
     return changed
 
 

@@ -175,6 +175,15 @@ class Quantizer(QuantizerHooks):
             return
         self.scale.copy_(best_step(rows, self.layout.importance_rows(importance, x), self.codes, power))
 
+    @torch.no_grad()
+    def coarsen_(self, factor: Tensor) -> None:
+        """Widen the levels, and the ranges of values that lead to them, in place: codes are smaller by the factor.
+
+        Args:
+            factor: above 0, shape of the scale or ``(1,)``.
+        """
+        self.scale.mul_(factor)
+
     def adopt_(self, spec: LayerSpec) -> None:
         """Take over the code range of another spec, in place.
 

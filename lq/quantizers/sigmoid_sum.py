@@ -80,6 +80,16 @@ class SigmoidSumQuantizer(SoftQuantizer):
         self._set_thresholds_(steps.to(self.thresholds))
 
     @torch.no_grad()
+    def coarsen_(self, factor: Tensor) -> None:
+        """Widen the levels and move the thresholds along, in place.
+
+        Args:
+            factor: above 0, shape of the scale or ``(1,)``.
+        """
+        super().coarsen_(factor)
+        self.input_scale.mul_(factor)
+
+    @torch.no_grad()
     def hold(self, codes: Tensor) -> Tensor:
         """Values in the middle between the thresholds of these codes, which stay there as the scales part.
 

@@ -147,6 +147,7 @@ def test_shifts_alone_and_narrow_accumulators():
 
 
 NARROW = [{"bits": 4}, {"bits": 4, "granularity": "channel"}, {"bits": 4, "quantizer": "subset"}]
+NARROW += [{"bits": 4, "quantizer": "qn"}, {"bits": 4, "quantizer": "qn", "granularity": "channel"}]
 
 
 @pytest.mark.parametrize("spec", NARROW)
@@ -163,6 +164,7 @@ def test_accumulators_of_a_given_width_are_refused_then_repaired(spec):
     assert torch.equal(lq.IntegerNetwork(model, SHAPE, accumulator_bits=14)(x), repaired(x))
     with pytest.raises(ValueError, match="no scale makes its accumulators fit in 4 bits"):
         repair_accumulators(model, SHAPE, 4)
+    assert torch.equal(lq.IntegerNetwork(model, SHAPE)(x), repaired(x))  # as it was
 
 
 def test_costs_are_counted():
