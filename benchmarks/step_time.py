@@ -134,7 +134,8 @@ if __name__ == "__main__":
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     if parsed.child:
-        child(*parsed.child, parsed.bf16)
+        network, variant = parsed.child
+        child(network, variant, parsed.bf16)
     elif parsed.memory:
         memory(parsed)
     else:

@@ -1,5 +1,6 @@
 """A convolutional network as a list of operations that integers can do, with everything about them resolved."""
 
+import copy
 import operator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -55,6 +56,19 @@ class Node:
     path: str
     norm: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """A network in the precision in which integers are derived and runtimes compute.
+
+    Args:
+        model: in any precision.
+
+    Returns:
+        The network itself, or a copy where it has parameters or buffers of another precision.
+    """
+    floating = (t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    return model if {*floating} <= {torch.float32} else copy.deepcopy(model).float()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lq.exporting.graph import UnsupportedError, trace
+from lq.exporting.graph import UnsupportedError, in_float32, trace
 from lq.exporting.lower import InputCodes, LayerPlan, Step, lower
 from lq.functional.fixed_point import requantize, rounding_shift, wrap
 from lq.functional.layout import positive
@@ -51,7 +51,7 @@ class IntegerNetwork(nn.Module):
     ) -> None:
         """Trace, fold, and turn every constant into integers."""
         super().__init__()
-        was_training = model.training
+        model, was_training = in_float32(model), model.training
         model.eval()
         try:
             nodes = trace(model, shape)

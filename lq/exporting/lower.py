@@ -198,8 +198,8 @@ def layer_weights(layer: QuantLayer, path: str) -> tuple[Tensor, Decoder, Tensor
     if isinstance(quantizer, PointQuantizer) and not quantizer.shiftable:
         kind = cast(LayerSpec, layer.layer_spec).quantizer
         raise UnsupportedError(
-            f"{path}: the levels of quantizer={kind} are real numbers without an integer form: use quantizer=subset "
-            "with candidates that are sums of powers of two, or a uniform one, or export target=onnx"
+            f"{path}: the levels of quantizer={kind} are not sums of powers of two, or too far apart for 32 bits: use "
+            "quantizer=subset with candidates that are, or a uniform one, or export target=onnx"
         )
     if isinstance(quantizer, PointQuantizer):
         integers, k = integer_points(quantizer.points.cpu())

@@ -85,7 +85,7 @@ def write_onnx(
     from lq.exporting.onnx_graph import finish
     from lq.exporting.onnx_nodes import translations
 
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(model).cpu().float().eval()
     weights = _replace_quantizers(model, fold_away(model, torch.rand(2, *shape)), fold_points, integers)
     try:
         program = torch.onnx.export(
@@ -114,12 +114,9 @@ def _replace_quantizers(
     """Have the layers compute from codes, in place; returns what the initializer of each name holds."""
     weights = {}
     for path, layer in named_quantized_layers(model).items():
-        try:
-            inputs = layer.input_quantizer
-            whole = inputs is not None and inputs.quantizer.codes.bits == 8 if integers is None else integers
-            weights[path] = stored_weight(layer, gains.get(path), fold_points=fold_points, integers=whole)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{path}: {error}") from error
+        inputs = layer.input_quantizer
+        whole = inputs is not None and inputs.quantizer.codes.bits == 8 if integers is None else integers
+        weights[path] = stored_weight(layer, gains.get(path), fold_points=fold_points, integers=whole)
     for path, layer in named_quantized_layers(model).items():
         quantizer, stored = layer.input_quantizer, weights[path]
         layer.weight_quantizer = _FromCodes(stored)  # type: ignore[assignment]

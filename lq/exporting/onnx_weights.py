@@ -6,7 +6,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lq.exporting.graph import UnsupportedError
 from lq.functional.layout import positive
 from lq.functional.points import code_table
 from lq.functional.shift_add import integer_points
@@ -98,14 +97,10 @@ def stored_weight(layer: QuantLayer, gain: Tensor | None, *, fold_points: bool, 
         integers: whether a runtime may compute in integers.
 
     Returns:
-        The weight, gain included.
-
-    Raises:
-        UnsupportedError: for scales that do not lie along the output channels.
+        The weight, gain included; of transposed convolutions with a scale per channel, whose channels lie along two
+        axes with groups, values.
     """
-    quantizer, linear = layer.weight_quantizer, isinstance(layer, nn.Linear)
-    if quantizer.layout.scales > 1 and quantizer.layout.axes != (0,):
-        raise UnsupportedError("transposed convolutions with a scale per channel have no ONNX form here")
+    linear = isinstance(layer, nn.Linear)
     codes, scale, table = _codes(layer, fold_points)
     if gain is not None:
         scale = scale * gain.to(scale)
@@ -120,6 +115,8 @@ def _codes(layer: QuantLayer, fold_points: bool) -> tuple[Tensor, Tensor, Tensor
     """Codes or values, scale, and the table of the codes."""
     quantizer, weight = layer.weight_quantizer, layer.float_weight().detach()
     codes, scale = quantizer.encode(weight), positive(quantizer.scale.detach())
+    if quantizer.layout.scales > 1 and quantizer.layout.axes != (0,):
+        return quantizer.decode(codes), scale.new_ones(1), None
     if isinstance(quantizer, PointQuantizer):
         if fold_points or quantizer.points.dim() > 1:  # a table per channel has no operator
             return quantizer.decode(codes), scale.new_ones(1), None

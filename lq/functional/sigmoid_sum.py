@@ -55,24 +55,26 @@ class _SigmoidSum(torch.autograd.Function):
         return grad_x, grad_scale * ctx.gradient_scale, grad_input * ctx.gradient_scale, *[None] * 6
 
 
-def _parts(x: Tensor) -> tuple[Tensor, ...]:
+def _parts(x: Tensor) -> list[Tensor]:
     """Pieces that a processor's cache holds while all sigmoids are added to them: several times as fast there."""
-    if x.device.type != "cpu" or x.dim() == 0:
-        return (x,)
-    return x.split(max(1, _CACHED * len(x) // max(1, x.numel())))
+    if x.device.type != "cpu" or x.dim() == 0 or torch.compiler.is_compiling():
+        return [x]
+    length = max(1, _CACHED * len(x) // max(1, x.numel()))
+    return [x[i : i + length] for i in range(0, len(x), length)]
 
 
 def _add_sigmoids(
     t: Tensor, steps: Tensor, derivative: Tensor, thresholds: Tensor, temperature: Tensor | None, wide: Tensor | None
 ) -> None:
     """Add the sigmoids to the steps unless they are hard, and their derivatives, or those of wider ones, in place."""
-    above, rise = torch.empty_like(t), torch.empty_like(t)
+    rise = t
     for threshold in thresholds:
-        torch.sub(t, threshold, out=above)
+        above = t - threshold
         if temperature is not None:
-            steps.add_(torch.mul(above, temperature, out=rise).sigmoid_())
+            rise = (above * temperature).sigmoid_()
+            steps.add_(rise)
         if wide is not None:
-            torch.mul(above, wide, out=rise).sigmoid_()
+            rise = above.mul_(wide).sigmoid_()
         derivative.add_(rise).addcmul_(rise, rise, value=-1)
 
 

@@ -273,12 +273,15 @@ class Quantizer(QuantizerHooks):
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor in the layout's view, in at least float32, and the scale broadcastable to it."""
-        return self._as_it_is(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self._as_it_is(x.to(self._precision(x)))
 
     def _as_it_is(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same, of a tensor that keeps its dtype."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return self.layout.view(x), self.layout.broadcast(self.scale.to(dtype))
+        return self.layout.view(x), self.layout.broadcast(self.scale.to(self._precision(x)))
+
+    def _precision(self, x: Tensor) -> torch.dtype:
+        """That of the values, or where they are codes of the scale, and at least float32."""
+        return torch.promote_types(x.dtype if x.is_floating_point() else self.scale.dtype, torch.float32)
 
     def _restore(self, view: Tensor, shape: torch.Size) -> Tensor:
         """From the layout's view back to the shape of the tensor."""

@@ -92,7 +92,7 @@ class LearnedStepsQuantizer(PointQuantizer):
     def point_set(self) -> PointSet:
         """The points and how their codes are made."""
         self._follow()
-        return super().point_set
+        return PointSet(self.points, self.codes.bits, self.signed)  # torch.compile does not trace super().point_set
 
     def _choose_(self, rows: Tensor, importance: Tensor | None, power: int) -> None:
         codes = CodeRange(-self.below, len(self.steps) - self.below, 0.0)

@@ -186,7 +186,7 @@ class PointQuantizer(SoftQuantizer):
         return point_statistics(view, scale, self.point_set, power)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = self._precision(x)
         x = x.to(dtype)
         # one scale needs no rows, whose values would have to be brought from their order in memory and back
         as_it_is = self.layout.shape is None and self.points.dim() == 1 < x.dim()

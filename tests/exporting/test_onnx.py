@@ -251,6 +251,10 @@ ODD = {
         (2, 9, 9),
     ),
     "two names": (TwoNames, (2, 11, 11)),
+    "transposed, in groups": (
+        lambda: small(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.Conv2d(6, 3, 3)),
+        (2, 9, 9),
+    ),
     "a norm over rows": (lambda: small(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)), (6, 6)),
 }
 
@@ -285,6 +289,17 @@ def test_channels_that_training_switched_off_keep_their_bias(tmp_path, gain):
         expected = model(x).numpy()
     error = np.abs(session(path).run(None, {"input": x.numpy()})[0] - expected)
     assert error.mean() < 0.03 * expected.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_networks_of_another_precision_are_exported_in_float32(tmp_path, dtype):
+    model = quantized(small(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)), (2, 9, 9), bits=4).to(dtype)
+    whole, x = copy.deepcopy(model).float(), torch.randn(4, 2, 9, 9)
+    assert torch.equal(lq.IntegerNetwork(model, (2, 9, 9))(x), lq.IntegerNetwork(whole, (2, 9, 9))(x))
+    y = session(write_onnx(model, tmp_path / "net.onnx", (2, 9, 9))).run(None, {"input": x.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(np.median(np.abs(y - whole(x).numpy())), 0, atol=1e-5)
+    assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 class Unexportable(nn.Module):

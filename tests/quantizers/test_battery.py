@@ -190,6 +190,29 @@ def test_compiles_without_a_graph_break(made):
     torch.testing.assert_close(compiled(weight), quantizer(weight), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_codes_give_back_hard_values_in_any_precision(name, dtype):
+    spec = LayerSpec(quantizer=name, bits=4, granularity="channel")
+    weight = torch.randn(6, 50, dtype=dtype)
+    quantizer = build_weight_quantizer(spec, ScaleLayout.along(weight.shape, 0), weight.numel()).to(dtype)
+    quantizer.calibrate_(weight)
+    assert torch.equal(quantizer.decode(quantizer.encode(weight)).to(dtype), quantizer.hard(weight))
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_evaluation_compiles_and_exports_whole(name):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.rand(4, 8)
+    lq.quantize_model(model, lq.QuantSpec(quantizer=name, bits=3, granularity="channel", first_last_bits=None))
+    lq.calibrate(model, [x])
+    expected = model.eval()(x)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 @pytest.mark.parametrize("sign", ["signed", "unsigned"])
 @pytest.mark.parametrize("name", REGISTRY)
 def test_inputs_compile_without_a_graph_break(name, sign):
