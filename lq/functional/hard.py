@@ -100,23 +100,25 @@ class _LSQ(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, offset: float, gradient_scale: float, toward_zero: bool
     ) -> Tensor:
         s = positive(scale)
-        # levels are found again in the backward pass: of half precision nothing is kept in float32
-        ctx.save_for_backward(x, scale)
         ctx.levels, ctx.gradient_scale = (lo, hi, offset, toward_zero), gradient_scale
-        return _snap_(_in_steps(x, s), *ctx.levels).mul_(s).to(x.dtype)
+        y = _snap_(_in_steps(x, s), *ctx.levels).mul_(s)
+        # the next layer keeps this very y; of half precision it keeps another, and y is found again going back
+        ctx.save_for_backward(x, scale, *((y,) if y.dtype == x.dtype else ()))
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale = ctx.saved_tensors
+        x, scale, *y = ctx.saved_tensors
         lo, hi, offset, _ = ctx.levels
         s = positive(scale)
         u = _in_steps(x, s)
         grad = grad.to(u.dtype)
         grad_x = pass_inside(grad, u, lo + offset, hi + offset)
-        # dy/ds is level - u inside the range and level outside; grad_x being 0 there, one formula serves both
+        # dy/ds is y/s - u inside the range and y/s outside; grad_x being 0 there, one formula serves both
         inside = reduce_to_scale(grad_x, u, s)
-        grad_scale = reduce_to_scale(grad, _snap_(u, *ctx.levels), s) - inside
+        outside = reduce_to_scale(grad, y[0], s) / s if y else reduce_to_scale(grad, _snap_(u, *ctx.levels), s)
+        grad_scale = outside - inside
         return grad_x.to(x.dtype), grad_scale * torch.sign(scale) * ctx.gradient_scale, None, None, None, None, None
 
 

@@ -83,7 +83,9 @@ def test_half_precision_is_computed_in_float32_and_kept_as_it_is(dtype, codes):
         assert x.grad is not None
         gradients.append((x.grad.to(dtype), s.grad))
     assert {t.dtype for t in kept[:2] if t.numel() > 1} == {dtype}
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    (x_half, s_half), (x_whole, s_whole) = gradients
+    assert torch.equal(x_half, x_whole)
+    torch.testing.assert_close(s_half, s_whole, rtol=1e-4, atol=1e-3)
 
 
 def test_weights_on_an_end_level_still_learn():
