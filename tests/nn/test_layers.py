@@ -217,3 +217,19 @@ def test_mixed_precision_keeps_no_inputs_in_float32(quantizer):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             model[2](x)
     assert {t.dtype for t in kept if t.shape == x.shape} == {torch.bfloat16}
+
+
+def test_mixed_precision_compiles_whole():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    lq.quantize_model(model, lq.QuantSpec())
+    x, found = torch.randn(4, 4, 8, 8), []
+    lq.calibrate(model.train(), [x])
+    torch.compiler.reset()
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = forward(x)
+        y.float().square().sum().backward()
+        found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled)
