@@ -156,6 +156,19 @@ class FollowsSilently(LSQQuantizer):
         return super().forward(x)
 
 
+def test_half_precision_is_for_those_who_ask_for_it():
+    class Asks(OffLevels):
+        takes_half = True
+
+        def fake_quantize(self, x, scale, gradient_scale):
+            return x
+
+    assert LSQQuantizer.takes_half
+    assert OffLevels.takes_half  # quantizes as LSQ
+    assert not TrainsElsewhere.takes_half
+    assert Asks.takes_half
+
+
 def broken(kind, inputs=LSQQuantizer):
     def build(of):
         return lambda spec, codes, **common: of(codes, **common)

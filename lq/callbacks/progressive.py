@@ -1,5 +1,6 @@
 """Widths that fall in the course of one fit."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -169,14 +170,21 @@ def _widened(spec: LayerSpec, bits: int) -> LayerSpec:
     changes: dict[str, Any] = {"activation_bits": max(bits, int(own))}
     if bits > spec.weight_codes.bits:
         changes |= {"bits": bits, "levels": None}
-    if find_method(spec.quantizer).heeds("accumulator_bits"):  # codes are finer by so many bits, and weights as large
-        finer = changes["activation_bits"] - int(own) + max(0, bits - spec.weight_codes.bits)
-        changes |= {"accumulator_bits": min(32, spec.accumulator_bits + finer)}
     try:
-        return replace(spec, **changes)
+        return _with_room(replace(spec, **changes), spec)
     except ValueError:
         if spec.quantizer != "subset":
             raise
     # candidates for few points are too few for so many: even ones, until the width is theirs
     even = {"candidates": "uniform", "activation_candidates": "uniform", "words": None, "zero": None}
     return replace(spec, **changes, **even)
+
+
+def _with_room(wide: LayerSpec, spec: LayerSpec) -> LayerSpec:
+    """The wider spec with accumulators that hold as large weights and inputs, whose codes are larger there."""
+    if not find_method(spec.quantizer).heeds("accumulator_bits"):
+        return wide
+    larger = wide.weight_codes.largest / spec.weight_codes.largest
+    if spec.activation is not None:
+        larger *= wide.activation_codes(signed=False).largest / spec.activation_codes(signed=False).largest
+    return replace(wide, accumulator_bits=min(32, spec.accumulator_bits + math.ceil(math.log2(larger))))

@@ -3,7 +3,7 @@
 import copy
 import operator
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,9 @@ from lq.exporting.recognize import (
 from lq.nn import BATCH_NORMS, LAYER_TYPES, ObserveOperator, QuantLayer, relu_cap, same_padding, sizes
 from lq.point_search.graph import LayerTracer
 
-__all__ = ["Node", "UnsupportedError", "trace"]
+__all__ = ["Node", "UnsupportedError", "in_float32", "trace"]
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _HELP = (
     "Integer engine and C take convolutions and linear layers, batch norms behind them, ReLU, ReLU6, additions, "
     "strided slices, zero channels, average and maximum pooling. Export target=onnx takes any network"
@@ -58,7 +59,7 @@ class Node:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def in_float32(model: nn.Module) -> nn.Module:
+def in_float32(model: _Module) -> _Module:
     """A network in the precision in which integers are derived and runtimes compute.
 
     Args:

@@ -1,10 +1,12 @@
 """Accumulators of limited width: which layers could overflow, and scales that make sure that none can."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 
+from lq.exporting.graph import in_float32
 from lq.exporting.integer import IntegerNetwork
 from lq.exporting.lower import LayerPlan, accumulator_bounds, layer_weights
 from lq.nn import QuantLayer
@@ -50,20 +52,21 @@ def repair_accumulators(model: nn.Module, shape: tuple[int, ...], bits: int) -> 
         Path of each layer that was changed to the largest factor on its scales.
 
     Raises:
-        ValueError: where a channel would lose all of its weights.
+        ValueError: where a channel would lose all of its weights; all layers are as they were then.
 
     Source: after Xie et al., Overflow Aware Quantization, IJCAI 2020, whose range factor is learned.
     """
-    changed: dict[str, float] = {}
+    changed, starts = dict[str, float](), list[tuple[nn.Module, dict[str, Any]]]()
     for plan in IntegerNetwork(model, shape).layers:
         layer = model.get_submodule(plan.path)
         assert isinstance(layer, QuantLayer)
         quantizer = layer.weight_quantizer
         start, scale = copy.deepcopy(quantizer.state_dict()), quantizer.scale
+        starts.append((quantizer, start))
         worst = plan.bounds.abs().amax(0)
         alive, over = worst > 0, worst > _limit(bits)
         for _ in range(_MOST):
-            codes, table, _unit = layer_weights(layer, plan.path)
+            codes, table, _unit = layer_weights(in_float32(layer), plan.path)  # as the integer network has them
             worst = accumulator_bounds(table.value[codes.long()], plan.takes.range).abs().amax(0)
             over = worst > _limit(bits)
             if not bool(over.any()) or bool((alive & (worst == 0)).any()):
@@ -71,7 +74,8 @@ def repair_accumulators(model: nn.Module, shape: tuple[int, ...], bits: int) -> 
             factors = torch.where(over, _STEP, 1.0) if scale.numel() == len(over) else torch.tensor([_STEP])
             quantizer.coarsen_(factors.to(scale))
         if bool(over.any()) or bool((alive & (worst == 0)).any()):
-            quantizer.load_state_dict(start)
+            for one, state in reversed(starts):  # of a quantizer that layers share the first
+                one.load_state_dict(state)
             raise ValueError(f"{plan.path}: no scale makes its accumulators fit in {bits} bits: allow more bits")
         if not torch.equal(scale, start["scale"]):
             changed[plan.path] = float((scale / start["scale"]).max())

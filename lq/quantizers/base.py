@@ -48,7 +48,7 @@ class Quantizer(QuantizerHooks):
         """What training sees: levels or a soft version of them, differentiable in ``x`` and ``scale``.
 
         Args:
-            x: values, at least float32, in the layout's view.
+            x: values, at least float32 unless ``takes_half``, in the layout's view.
             scale: learned scale, broadcastable to ``x``.
             gradient_scale: factor on the gradient of the scale.
 

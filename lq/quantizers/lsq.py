@@ -25,6 +25,12 @@ class LSQQuantizer(Quantizer):
 
     takes_half = True
 
+    def __init_subclass__(cls) -> None:
+        """Values in at least float32 for a subclass that quantizes in its own way, unless it says otherwise."""
+        super().__init_subclass__()
+        if "fake_quantize" in cls.__dict__ and "takes_half" not in cls.__dict__:
+            cls.takes_half = False
+
     def fake_quantize(self, x: Tensor, scale: Tensor, gradient_scale: float) -> Tensor:
         """Nearest levels with straight-through gradient.
 

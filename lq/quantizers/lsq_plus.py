@@ -38,7 +38,7 @@ class LSQPlusQuantizer(LSQQuantizer):
     [-0.5, -0.5, 0.5, 2.5]
     """
 
-    shifts, takes_half = True, False
+    shifts = True
 
     def __init__(self, codes: CodeRange, **common: Any) -> None:
         """Begin at zero."""

@@ -4,7 +4,10 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from torch import nn
 
 import lq
+from lq.callbacks.progressive import _widened
 from lq.nn import named_quantized_layers
+from lq.quantizers.a2q import limit_of
+from lq.spec import LayerSpec
 from tests.helpers.modules import Plain, fit, loader, small_cnn
 from tests.integration.test_resume import run, same_runs
 
@@ -157,6 +160,14 @@ class Zeros(Callback):
         layer = pl_module.net[2]
         self.seen.append(float((layer.quantized_weight() == 0).float().mean()))
         self.last = layer.layer_spec
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_accumulators_have_room_for_codes_of_a_wider_stage(bits):
+    spec = LayerSpec(bits=bits, quantizer="a2q", granularity="channel", accumulator_bits=10)
+    wide = _widened(spec, 8)
+    parts = [limit_of(s, False) / s.weight_codes.largest for s in (spec, wide)]  # of the largest weight
+    assert parts[0] <= parts[1] < 2.1 * parts[0]
 
 
 @pytest.mark.parametrize("quantizer", ["a2q", "a2q_plus"])

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -162,9 +164,25 @@ def test_accumulators_of_a_given_width_are_refused_then_repaired(spec):
     check_accumulators(repaired, 14)
     x = torch.randn(8, *SHAPE)
     assert torch.equal(lq.IntegerNetwork(model, SHAPE, accumulator_bits=14)(x), repaired(x))
-    with pytest.raises(ValueError, match="no scale makes its accumulators fit in 4 bits"):
-        repair_accumulators(model, SHAPE, 4)
-    assert torch.equal(lq.IntegerNetwork(model, SHAPE)(x), repaired(x))  # as it was
+
+
+def test_a_repair_that_fails_changes_nothing():
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)]
+    model = quantized(nn.Sequential(*layers), SHAPE, bits=4, first_last_bits=None)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="2: no scale makes its accumulators fit in 7 bits"):  # those of 0 do
+        repair_accumulators(model, SHAPE, 7)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_repairs_are_of_the_codes_that_are_exported():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)]
+        spec = {"bits": 4, "quantizer": "apot", "granularity": "channel", "first_last_bits": None}
+        model = quantized(nn.Sequential(*layers), SHAPE, **spec).to(torch.bfloat16)
+        repair_accumulators(model, SHAPE, 13)
+        check_accumulators(lq.IntegerNetwork(model, SHAPE), 13)
 
 
 def test_costs_are_counted():

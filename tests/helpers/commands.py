@@ -3,6 +3,8 @@
 import atexit
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,22 +38,37 @@ def lq(*arguments: str, cwd: Path, path: Path = ROOT) -> subprocess.CompletedPro
 
 
 def _ask(command: dict[str, Any]) -> int:
-    """Exit status of a command that the server has run."""
+    """Exit status of a command that the server has run; one that does not answer is ended and not asked again."""
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
-    server.stdin.write(json.dumps(command) + "\n")
-    server.stdin.flush()
-    return int(server.stdout.readline())
+    try:
+        server.stdin.write(json.dumps(command) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], 500)[0]:
+            raise TimeoutError(f"lq {command['arguments']} did not end in 500 s")
+        return int(server.stdout.readline())
+    except BaseException:
+        _server.cache_clear()
+        _end(server)
+        raise
 
 
 @cache
 def _server() -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.helpers.server"]
-    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(server.communicate)  # which closes what it reads
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    atexit.register(_end, server)
     return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """End it, and a command that it still runs."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def tracked_run(folder: Path, experiment: str) -> tuple[MlflowClient, Run]:
