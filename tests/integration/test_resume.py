@@ -65,7 +65,7 @@ def same_runs(one, two) -> None:
 HOLDS = {
     "none": None,
     "step": HoldAtStep(33),
-    "alignment": HoldAtAlignment(0.12),
+    "alignment": HoldAtAlignment(0.05),  # is reached early, however sums are rounded
     "plateau": HoldOnPlateau("val/loss", patience=0, mode="min", min_delta=10.0),
 }
 
