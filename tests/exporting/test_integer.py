@@ -164,6 +164,10 @@ def test_accumulators_of_a_given_width_are_refused_then_repaired(spec):
     check_accumulators(repaired, 14)
     x = torch.randn(8, *SHAPE)
     assert torch.equal(lq.IntegerNetwork(model, SHAPE, accumulator_bits=14)(x), repaired(x))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="no scale makes its accumulators fit in 4 bits"):
+        repair_accumulators(model, SHAPE, 4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_repair_that_fails_changes_nothing():
