@@ -57,6 +57,20 @@ class Outcome:
         """The figures, for programs."""
         return json.dumps(asdict(self), default=str, indent=1) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> "Outcome":
+        """Inverse of `to_json`.
+
+        Args:
+            text: what it returned.
+
+        Returns:
+            The outcome.
+        """
+        found = json.loads(text)
+        size, network = found.pop("size"), found.pop("network")
+        return cls(**found, size=size and NetworkSize(**size), network=network and Path(network))
+
 
 def _percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.2%}"

@@ -112,7 +112,12 @@ def run_search(settings: SearchSettings) -> SearchOutcome:
 
     Returns:
         The figures.
+
+    Raises:
+        ValueError: for a Trainer with several devices.
     """
+    if (size := make_trainer(settings).world_size) > 1:
+        raise ValueError(f"trainer.devices must be 1, got {size}: a search runs on one device, leave it out")
     seed_everything(settings.seed, workers=True, verbose=False)
     classifier = Classifier(settings.model, lr=settings.pretrain_lr)
     settings.data.prepare_data()

@@ -10,6 +10,7 @@ import lq
 from lq.data import DigitsData
 from lq.experiment import Settings, run
 from lq.models import create_model
+from lq.outcome import Outcome
 from lq.runs import tracked
 
 
@@ -46,7 +47,9 @@ def test_a_trial_never_reads_the_test_set(tmp_path):
     outcome = run(settings(tmp_path, test=False))
     metrics = logged(tmp_path)
     assert not {name for name in metrics if "test" in name}
-    found = json.loads((tmp_path / "outcome.json").read_text())
+    text = (tmp_path / "outcome.json").read_text()
+    assert Outcome.from_json(text) == outcome
+    found = json.loads(text)
     assert found["accuracy"] is None
     assert found["float_accuracy"] is None
     assert found["held_out_accuracy"] == outcome.objective == pytest.approx(max(metrics["val/acc"]))

@@ -57,4 +57,5 @@ def _hydra(command: str, rest: list[str]) -> None:
     module = import_module(f"lq.cli.{command}")
     # under Hydra, Lightning starts the processes of further devices from this path and these arguments
     sys.argv = [str(module.__file__), *rest]
+    sys.modules["__main__"].__spec__ = None  # and not, under python -m lq, from that name without the command
     module.main()

@@ -25,7 +25,7 @@ def compare(tracking_uri: str, experiment: str | None = None, sweep: str | None 
 
     Args:
         tracking_uri: of the store.
-        experiment: name; None takes the one used last.
+        experiment: name; None takes all.
         sweep: id of a sweep's parent run, or "last" for the newest; None lists every run.
 
     Returns:
@@ -41,13 +41,13 @@ def compare(tracking_uri: str, experiment: str | None = None, sweep: str | None 
     if experiment is not None and experiment not in known:
         raise ValueError(f"experiment must be one of {sorted(known)}, got {experiment!r}: check --tracking-uri")
     ids = [known[experiment]] if experiment else list(known.values())
-    runs = client.search_runs(ids, order_by=["attributes.start_time ASC"], max_results=1000)
-    if sweep == "last":
-        parents = [run.info.run_id for run in runs if run.data.tags.get("lq.sweep")]
-        if not parents:
-            raise ValueError("sweep must exist, got none in the store: start one with lq train -m quantizer=soft,lsq")
-        sweep = parents[-1]
+    runs = _runs(client, ids)
     if sweep is not None:
+        parents = [run.info.run_id for run in runs if run.data.tags.get("lq.sweep")]
+        if sweep not in (*parents, "last") or not parents:
+            listed = f"be one of {parents}, or last" if parents else "exist"
+            raise ValueError(f"sweep must {listed}, got {sweep!r}: start one with lq train -m quantizer=soft,lsq")
+        sweep = parents[-1] if sweep == "last" else sweep
         runs = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == sweep]
     runs = [run for run in runs if not run.data.tags.get("lq.sweep")]
     if not runs:
@@ -65,6 +65,15 @@ def compare(tracking_uri: str, experiment: str | None = None, sweep: str | None 
         for run, given in zip(runs, overrides, strict=True)
     ]
     return format_table(("run", "status", "what differs", *shown), rows)
+
+
+def _runs(client: Any, ids: Sequence[str]) -> list[Any]:
+    """All runs, the oldest first; a store hands them out page by page."""
+    found, token = [], None
+    while token != "":
+        page = client.search_runs(ids, order_by=["attributes.start_time ASC"], page_token=token)
+        found, token = found + list(page), page.token or ""
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:

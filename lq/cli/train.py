@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from lq._paths import home
 from lq.cli.config import build, register
+from lq.cli.job import needs_own_processes, run_in_own_processes
 from lq.cli.terminal import print_ui_command, quiet
 from lq.experiment import run
 
@@ -25,6 +26,8 @@ def main(config: DictConfig) -> float:
         Test accuracy of the quantized network; with ``test=false`` its accuracy on held-out images.
     """
     quiet()
+    if needs_own_processes(config):
+        return run_in_own_processes(config).objective
     outcome = run(build(config))
     if rank_zero_only.rank:
         return outcome.objective

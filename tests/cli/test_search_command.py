@@ -87,3 +87,9 @@ def test_the_same_folder_is_not_searched_twice(finished):
     assert changed.returncode != 0
     assert "folder must hold results of these weights and settings" in changed.stderr
     assert "delete the folder" in changed.stderr
+
+
+def test_several_devices_are_refused(tmp_path):
+    done = lq("search", *QUICK, "trainer.devices=2", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "trainer.devices must be 1, got 2: a search runs on one device" in done.stderr

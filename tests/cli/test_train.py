@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lq as package
 from lq.classifier import Classifier
+from lq.cli.compare import compare
 from lq.data import DigitsData
 from lq.exporting import read_header
 from lq.nn import named_quantized_layers
@@ -112,14 +113,26 @@ COMMAND = Path(sys.executable).with_name("lq")
 
 
 @pytest.mark.skipif(not COMMAND.exists(), reason="needs the installed command lq")
-def test_two_devices_leave_one_run_and_one_file(tmp_path):
-    several = ["trainer.devices=2", "trainer.strategy=ddp", "output_dir=out"]
-    command = [sys.executable, str(COMMAND), "train", *QUICK, *several]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def test_a_sweep_on_two_devices_leaves_one_run_and_one_file_per_job(tmp_path):
+    mine = tmp_path / "own folder" / "recipes" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\ndefaults: [digits]\nquantizer:\n  bits: 3\n")
+    several = ["trainer.devices=2", "trainer.strategy=ddp", "pretrain_epochs=0", "output_dir=out/${hydra:job.num}"]
+    command = [str(COMMAND), "train", "-m", "--config-dir", str(mine.parents[1]), "recipes=mine", *QUICK, *several]
+    command += ["seed=3,4", "hydra.sweep.dir=a sweep"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("test accuracy, quantized") == 1
-    assert len(named_quantized_layers(package.load(tmp_path / "out" / "network.lq.safetensors"))) == 8
-    assert tracked_run(tmp_path, "digits")[1].info.status == "FINISHED"
+    assert done.stdout.count("test accuracy, quantized") == 2
+    for job in "01":
+        layers = named_quantized_layers(package.load(tmp_path / "out" / job / "network.lq.safetensors"))
+        assert [layer.weight_quantizer.codes.bits for layer in layers.values()] == [8, *[3] * 6, 8]
+        assert {path.name for path in (tmp_path / "a sweep" / job).iterdir()} >= {".hydra", "train.log"}
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    (sweep,) = [run for run in runs if run.data.tags.get("lq.sweep")]
+    nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == sweep.info.run_id]
+    assert {run.data.params["seed"] for run in nested} == {"3", "4"}
 
 
 @pytest.mark.parametrize(
@@ -171,6 +184,15 @@ def test_compare_prints_the_runs_of_the_sweep(sweep):
     wrong = lq("compare", "--experiment", "digit", cwd=sweep)
     assert wrong.returncode == 2
     assert "experiment must be one of" in wrong.stderr
+    unknown = lq("compare", "--sweep", "none", cwd=sweep)
+    assert unknown.returncode == 2
+    assert re.search(r"sweep must be one of \['\w+'\], or last, got 'none'", unknown.stderr)
+
+
+def test_compare_reads_all_pages(sweep, monkeypatch):
+    whole, search = compare(f"sqlite:///{sweep / 'mlflow.db'}", sweep="last"), MlflowClient.search_runs
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: search(*a, **k, max_results=2))
+    assert compare(f"sqlite:///{sweep / 'mlflow.db'}", sweep="last") == whole
 
 
 @contextmanager
