@@ -13,6 +13,7 @@ from lq.functional.lookup import count_reached
 __all__ = ["reached", "sigmoid_sum"]
 
 _SHARPEST = 2000.0
+_STEEPEST = 80.0  # exp(-80) is a normal number
 _CACHED = 1 << 15  # elements
 
 
@@ -71,11 +72,20 @@ def _add_sigmoids(
     for threshold in thresholds:
         above = t - threshold
         if temperature is not None:
-            rise = (above * temperature).sigmoid_()
+            rise = _sigmoid_(above * temperature)
             steps.add_(rise)
         if wide is not None:
-            rise = above.mul_(wide).sigmoid_()
+            rise = _sigmoid_(above.mul_(wide))
         derivative.add_(rise).addcmul_(rise, rise, value=-1)
+
+
+def _sigmoid_(x: Tensor) -> Tensor:
+    """In place, and 0 below the rounding error of a step.
+
+    The exponentials of far thresholds, and products of a few of them, are so small that they cost a CPU many times as
+    much as other numbers.
+    """
+    return torch.threshold_(x.clamp_(-_STEEPEST, _STEEPEST).sigmoid_(), torch.finfo(x.dtype).eps, 0.0)
 
 
 def sigmoid_sum(

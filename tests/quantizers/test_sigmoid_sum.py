@@ -46,6 +46,16 @@ def test_what_no_cache_holds_is_summed_piece_by_piece_all_the_same(layout):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("temperature", [20.0, 60.0, 124.5, 320.0])
+def test_no_number_is_so_small_that_a_cpu_is_slow_with_it(temperature):
+    x, one = torch.linspace(-9, 9, 4001).requires_grad_(), torch.ones(1)
+    y = sigmoid_sum(x, one, one, torch.tensor([-1.4, 0.7, 2.1]), torch.tensor([temperature]), lowest=0)
+    y.sum().backward()
+    for values in y.detach(), x.grad:
+        assert float(values[values != 0].abs().min()) > 1e-8
+    assert bool((values == 0).any())
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_gradients_are_those_of_the_formula(hard):
     torch.manual_seed(0)
