@@ -1,5 +1,6 @@
 """From operations on real numbers to operations on integers: tables, multipliers, shifts, and proven bounds."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from lq.spec import LayerSpec
 
 __all__ = ["InputCodes", "LayerPlan", "Step", "accumulator_bounds", "layer_weights", "lower"]
 
-_OFFSET_BITS = 12  # of the integers that stand for levels with an offset
+_INT16, _INT32 = 2**15 - 1, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def lower(model: nn.Module, nodes: list[Node], *, shift_only: bool = False) -> l
 def _simple(node: Node, exponent: int, shift_only: bool) -> Step:
     if node.kind == "relu" and bool(node.settings["cap"].isfinite().all()):
         cap = torch.round(torch.ldexp(node.settings["cap"].double().cpu(), torch.tensor(exponent))).long()
-        return Step(node, exponent, cap=cap.clamp_max(2**31 - 1))
+        return Step(node, exponent, cap=cap.clamp_max(_INT32))
     if node.kind == "average":
         rows, columns = node.settings["kernel"]
         count, none = rows * columns, torch.zeros(1, dtype=torch.float64)
@@ -153,11 +154,11 @@ def _layer(model: nn.Module, node: Node, exponent: int | None, shift_only: bool)
     layer = model.get_submodule(node.path)
     assert isinstance(layer, QuantLayer)
     codes, table, unit = layer_weights(layer, node.path)
-    takes, step = _takes(layer, node.path, exponent, shift_only)
+    weights = table.value[codes.long()]
+    takes, step = _takes(layer, node.path, exponent, shift_only, weights)
     norm = None if node.norm is None else model.get_submodule(node.norm)
     gain, shift = affine(layer, norm)
     factor, added = (gain * unit * step).expand(len(codes)), shift.expand(len(codes))
-    weights = table.value[codes.long()]
     added = added + factor * takes.lost * weights.flatten(1).sum(1)  # but where padding inserts zeros
     bounds = accumulator_bounds(weights, takes.range)
     largest = bounds.abs().amax(0).double()
@@ -219,7 +220,9 @@ def layer_weights(layer: QuantLayer, path: str) -> tuple[Tensor, Decoder, Tensor
     return codes.reshape(shape), make_decoder(table), scale
 
 
-def _takes(layer: QuantLayer, path: str, exponent: int | None, shift_only: bool) -> tuple[InputCodes, float]:
+def _takes(
+    layer: QuantLayer, path: str, exponent: int | None, shift_only: bool, weights: Tensor
+) -> tuple[InputCodes, float]:
     """How the input becomes codes, and the real value of the integer 1."""
     inputs = layer.input_quantizer
     if inputs is None or not inputs.is_calibrated:
@@ -232,7 +235,7 @@ def _takes(layer: QuantLayer, path: str, exponent: int | None, shift_only: bool)
     lo, hi, _ = quantizer.codes
     scale = float(positive(quantizer.scale.detach()).double())
     if isinstance(quantizer, PointQuantizer | SigmoidSumQuantizer | LSQPlusQuantizer):
-        integers, k, lost = _input_points(quantizer, path, exponent)
+        integers, k, lost = _input_points(quantizer, path, exponent, weights)
         limits = None
         if exponent is not None:
             limits = torch.ceil(torch.ldexp(quantizer.limits().double().cpu(), torch.tensor(exponent))).long()
@@ -245,7 +248,7 @@ def _takes(layer: QuantLayer, path: str, exponent: int | None, shift_only: bool)
 
 
 def _input_points(
-    quantizer: PointQuantizer | SigmoidSumQuantizer | LSQPlusQuantizer, path: str, exponent: int | None
+    quantizer: PointQuantizer | SigmoidSumQuantizer | LSQPlusQuantizer, path: str, exponent: int | None, weights: Tensor
 ) -> tuple[Tensor, int, float]:
     """Integers over a common power of two that input codes stand for where they are none themselves; what they lose."""
     lo, hi, _ = quantizer.codes
@@ -256,8 +259,12 @@ def _input_points(
         if exponent is None:
             raise UnsupportedError(f"{path}: inputs of the network must be uniform: leave first_last_bits=8")
         return codes, 0, 0.0
-    k = _OFFSET_BITS - quantizer.codes.bits  # zero stays zero, the offset is rounded to 2^-k of a step
-    steps = float(quantizer.offset.detach().double() / positive(quantizer.scale.detach()).double()) * 2**k
+    # zero stays zero, the offset is rounded to 2^-k of a step, as little as 16 bits and accumulators of 32 allow
+    offset = float(quantizer.offset.detach().double() / positive(quantizer.scale.detach()).double())
+    largest = max(abs(lo + offset), abs(hi + offset)) + 1
+    taken = largest * int(weights.abs().flatten(1).sum(1).max())
+    k = max(0, math.floor(math.log2(min(_INT16 / largest, _INT32 / max(1.0, taken)))))
+    steps = offset * 2**k
     return codes * 2**k + round(steps), k, steps - round(steps)
 
 

@@ -148,8 +148,24 @@ def test_integers_keep_zeros_and_offsets(tmp_path, bits):
     takes = integers.layers[1].takes
     assert 0 not in takes.points.tolist()
     levels = model[2].input_quantizer.quantizer.level_values()
-    unit = float(model[2].input_quantizer.quantizer.scale) / 2 ** (12 - bits)
-    torch.testing.assert_close(takes.points * unit, levels, atol=unit, rtol=0)
+    unit = float(levels.diff()[0]) / float(takes.points.diff()[0])
+    torch.testing.assert_close(takes.points * unit, levels, atol=unit / 2, rtol=1e-5)
+    assert int(takes.points.abs().max()) >= 2**13  # as fine as 16 bits hold
+    assert int(takes.points.abs().max()) < 2**15
+
+
+def test_offsets_leave_room_for_sums():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 4000), nn.ReLU(), nn.Linear(4000, 3))
+    lq.quantize_model(model, lq.QuantSpec(quantizer="lsq_plus", bits=8))
+    lq.calibrate(model, [torch.randn(32, 12)])
+    with torch.no_grad():
+        model[2].input_quantizer.quantizer.offset.fill_(-0.13)
+        model[2].weight.fill_(1.0)  # all at the end of their range
+    x = torch.randn(16, 12)
+    engine = lq.IntegerNetwork(model.eval(), (12,))
+    assert int(engine.layers[1].bounds.abs().max()) < 2**31
+    torch.testing.assert_close(engine(x).float(), model(x), rtol=1e-2, atol=1e-1)
 
 
 def test_the_program_in_c_takes_the_same_codes(tmp_path):
