@@ -1,6 +1,7 @@
 """Checks that every quantizer passes, for tests of `lq` and of packages that add methods to it."""
 
 import copy
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,19 @@ def check_quantizer(spec: LayerSpec) -> None:
 
     >>> check_quantizer(LayerSpec(quantizer="lsq", bits=3))
     """
+    try:
+        _check(spec)
+    except AssertionError:
+        raise
+    except Exception as error:  # whatever a quantizer of others raises
+        steps = [frame.name for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
+        what = next((name for name in steps if name.startswith("_check_")), steps[-1]).removeprefix("_check_")
+        raise AssertionError(
+            f"{spec.quantizer!r} must come through the check of its {what}, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check(spec: LayerSpec) -> None:
     spec = replace(spec, normalize=False)  # the layer's part
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_SHAPE, generator=generator)
@@ -85,6 +99,7 @@ def _check_stays(quantizer: Quantizer, x: Tensor) -> None:
 
 def _check_levels(quantizer: Quantizer, x: Tensor) -> None:
     hard, levels = quantizer.hard(x), quantizer.level_values()
+    _require(hard.shape == x.shape, f"hard values must have the shape {tuple(x.shape)}", quantizer)
     rows = quantizer.layout.rows(hard)
     for row, own in zip(rows, levels.expand(rows.shape[0], -1), strict=True):
         _require(set(row.tolist()) <= set(own.tolist()), "hard values must be among level_values()", quantizer)
@@ -148,6 +163,8 @@ def _check_gradients(quantizer: Quantizer, x: Tensor) -> None:
     x = x.clone().requires_grad_()
     quantizer.zero_grad()
     y = quantizer.train()(x)
+    _require(y.shape == x.shape, f"what training sees must have the shape {tuple(x.shape)}", quantizer)
+    _require(y.requires_grad, "what training sees must have a gradient", quantizer)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     y.backward(upstream)
     learned = {name: p for name, p in quantizer.named_parameters() if p.requires_grad}
@@ -229,6 +246,7 @@ def _check_activations(spec: LayerSpec, generator: torch.Generator) -> None:
         inputs.quantizer.set_slope(6.0)
         _check_stays(inputs.quantizer, x)
         levels = inputs.quantizer.level_values()
+        _require(bool((levels.diff() >= 0).all()), "level_values() of activations must ascend", inputs)
         hard = inputs.eval()(x)
         _require(set(hard.unique().tolist()) <= set(levels.tolist()), "activations must be levels", inputs)
         zero = inputs(torch.zeros(1, 3))

@@ -149,6 +149,27 @@ class ChangesInput(LSQQuantizer):
         return super().forward(x)
 
 
+class Detached(LSQQuantizer):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class WithoutLevels(LSQQuantizer):
+    def level_values(self):
+        return None
+
+
+class OtherShape(LSQQuantizer):
+    def forward(self, x):
+        y = super().forward(x)
+        return y[1:] if self.training else y
+
+
+class Descends(LSQQuantizer):
+    def level_values(self):
+        return super().level_values().flip(-1)
+
+
 class FollowsSilently(LSQQuantizer):
     def forward(self, x):
         if self.training:
@@ -193,6 +214,11 @@ def broken(kind, inputs=LSQQuantizer):
         (broken(LSQQuantizer, NoZero), "zero must stay zero"),
         (broken(LSQQuantizer, OtherType), "must come back as it was"),
         (broken(Wider), "codes must fit in 3 bits"),
+        (broken(Detached), "what training sees must have a gradient"),
+        (broken(WithoutLevels), "'broken' must come through the check of its levels, got AttributeError"),
+        (broken(LSQQuantizer, WithoutLevels), "must come through the check of its activations, got AttributeError"),
+        (broken(LSQQuantizer, Descends), "of activations must ascend"),
+        (broken(OtherShape), "must have the shape|come through the check of its training"),
         (broken(FollowsSilently), "levels must not move with weights in training, or follows_weights say so"),
         (broken(KeepsWidth), "a layer that changes to 2 bits must be as one of them"),
         (broken(LSQQuantizer, KeepsWidth), "a layer that changes to 2 bits must be as one of them"),
@@ -291,6 +317,10 @@ def test_widths_that_a_method_lacks_are_refused(monkeypatch):
 def test_a_package_that_is_broken_does_not_hide_the_others(package):
     text = table()
     assert "cannot be loaded: ValueError" in next(line for line in text.splitlines() if line.startswith("wrong"))
+    entries = package / "offered-1.0.dist-info" / "entry_points.txt"
+    entries.write_text("[lq.quantizers]\nmine = offered:METHOD\nlost = offered:LOST\n")
+    with pytest.raises(ValueError, match=r"'lost' .* got 'offered:LOST', which cannot be loaded \(AttributeError"):
+        find_method("lost")
     assert "like lsq" in text
 
 

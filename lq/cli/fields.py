@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-__all__ = ["doc", "entry", "field_lines"]
+__all__ = ["doc", "entry", "field_lines", "shown"]
 
 _WIDTH = 118
 
@@ -42,10 +42,22 @@ def field_lines(node: type[Any], prefix: str) -> list[str]:
         if f.name == "_target_" or "help" not in f.metadata:
             continue
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        shown = "required" if default == MISSING else f"default {_plain(default)}"
-        sentence = f.metadata["help"].split(". ")[0].rstrip(".")
-        lines.append(entry(prefix + f.name, f"{sentence} [{shown}]" if sentence else f"[{shown}]"))
+        lines.append(entry(prefix + f.name, shown(f.metadata["help"], default)))
     return lines
+
+
+def shown(text: str, default: Any) -> str:
+    """What is said of a field.
+
+    Args:
+        text: on it; the first sentence is taken.
+        default: of it.
+
+    Returns:
+        The sentence and the default in brackets.
+    """
+    inside = "required" if default == MISSING else f"default {_plain(default)}"
+    return f"{text.split('. ')[0].rstrip('.')} [{inside}]".strip()
 
 
 def entry(name: str, text: str) -> str:

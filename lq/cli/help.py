@@ -3,10 +3,14 @@
 import dataclasses
 from typing import Any
 
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
 from lq._paths import home
 from lq.cli.config import GROUPS, TrainConfig
 from lq.cli.evaluate import EVALUATE_GROUPS, EvaluateConfig
-from lq.cli.fields import entry, field_lines
+from lq.cli.fields import entry, field_lines, shown
+from lq.cli.schema import argument_docs
 from lq.cli.search_config import SEARCH_GROUPS, SearchConfig
 
 __all__ = ["help_text"]
@@ -69,7 +73,23 @@ def help_text(command: str) -> str:
         for name, node in schemas.items():
             option = name.removeprefix("schema").strip("_")
             lines += ["", f"Fields of {group}{'=' + option if option else ''}:", *field_lines(node, f"{group}.")]
+    for option in _options(home() / "conf" / "callbacks") if "callbacks" in names else ():
+        lines += ["", f"Fields of callbacks={option}:"]
+        for name, node in OmegaConf.load(home() / "conf" / "callbacks" / f"{option}.yaml").items():
+            lines += [] if name == "defaults" else _instance_lines(node, f"callbacks.{name}.")
     return "\n".join(lines)
+
+
+def _instance_lines(node: DictConfig, prefix: str) -> list[str]:
+    """A line for each argument that a group gives to what it instantiates."""
+    docs = argument_docs(get_object(node._target_)) if "_target_" in node else {}
+    lines = []
+    for name, value in OmegaConf.to_container(node).items():  # type: ignore[union-attr]
+        if isinstance(value, dict) and "_target_" in value:
+            lines += _instance_lines(node[name], f"{prefix}{name}.")
+        elif name != "_target_":
+            lines.append(entry(f"{prefix}{name}", shown(docs.get(name, ""), value)))
+    return lines
 
 
 def _groups() -> list[str]:

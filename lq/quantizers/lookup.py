@@ -29,7 +29,8 @@ def register_quantizer(name: str, method: Method) -> None:
 def find_method(name: str) -> Method:
     """A method of the registry, or one that an installed package offers.
 
-    A package offers methods by entry points of the group ``lq.quantizers``, each of which names a `Method`::
+    A package offers methods by entry points of the group ``lq.quantizers``, each of which names a `Method`, whose
+    docstring has an example::
 
         [project.entry-points."lq.quantizers"]
         mine = "mypackage.quantizer:METHOD"
@@ -41,8 +42,8 @@ def find_method(name: str) -> Method:
         The method, in the registry from now on.
 
     Raises:
-        ValueError: for a name that neither the registry nor a package knows, and for a package that offers something
-            else than a `Method`.
+        ValueError: for a name that neither the registry nor a package knows, and for a package that cannot be loaded
+            or offers something else than a `Method`.
     """
     known = isinstance(name, str)
     if known and name in REGISTRY:
@@ -53,11 +54,18 @@ def find_method(name: str) -> Method:
             f"quantizer must be one of {tuple(method_names())}, got {name!r}: choose one of those or add it with "
             "lq.quantizers.register_quantizer"
         )
-    method = offered[name].load()
+    try:
+        method = offered[name].load()
+    except Exception as error:  # whatever its import raises
+        raise ValueError(
+            f"the entry point {name!r} of {ENTRY_POINTS} must name a lq.quantizers.Method, got "
+            f"{offered[name].value!r}, which cannot be loaded ({type(error).__name__}: {error}): repair or remove that "
+            "package"
+        ) from error
     if not isinstance(method, Method):
         raise ValueError(
             f"the entry point {name!r} of {ENTRY_POINTS} must name a lq.quantizers.Method, got {method!r}: see the "
-            "docstring of lq.quantizers.find_method"
+            "example in the docstring of lq.quantizers.Method"
         )
     register_quantizer(name, method)
     return method

@@ -49,6 +49,16 @@ class Method:
 
     Raises:
         ValueError: for an option that is none of those.
+
+    >>> import lq.testing
+    >>> class Mine(LSQQuantizer):
+    ...     def fake_quantize(self, x, scale, gradient_scale):
+    ...         return super().fake_quantize(x, scale, gradient_scale / 2)
+    >>> def build(spec, codes, **common):
+    ...     return Mine(codes, **common)
+    >>> lq.quantizers.register_quantizer("mine", Method(build, build, "LSQ whose steps learn half as fast"))
+    >>> lq.testing.check_quantizer(lq.spec.LayerSpec(quantizer="mine"))
+    >>> del REGISTRY["mine"]
     """
 
     weight: Callable[..., Quantizer]

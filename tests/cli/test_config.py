@@ -174,6 +174,9 @@ def test_help_has_a_line_for_every_group_and_field():
         assert len(line.split(maxsplit=1)[1]) > 15
     assert "trainer.max_epochs" in text
     assert "pretrain_epochs" in text
+    for name, default in (("temperature", "default 4.0"), ("teacher.checkpoint", "required")):
+        lines = text.split(f"callbacks.distillation.{name} ")[1].splitlines()
+        assert default in " ".join(lines[:3])
     assert max(map(len, text.splitlines())) <= 120
 
 
