@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lq.calibration import calibrate, default_forward
+from lq.calibration import calibrate, default_forward, uncalibrated_layers
 from lq.checks import require_number
 from lq.functional.allocation import choose_within_budget
 from lq.functional.distillation import distillation_loss
 from lq.globs import matches
-from lq.nn import weight_key
+from lq.nn import named_quantized_layers, weight_key
 from lq.quantizers import find_method
 from lq.spec import QuantSpec
 from lq.surgery import Plan, PlannedLayer, apply_plan, execution_order, follow_norms_of_run, make_plan
@@ -92,8 +92,8 @@ def allocate_bits(
 
     Raises:
         ValueError: for a budget that is no number or that no choice meets, naming the least, for widths out of range,
-            or no batches.
-        TypeError: for a spec that is none, or a model that does not return logits.
+            no batches, or a model that is quantized.
+        TypeError: for a spec that is none, a tensor in place of batches, or a model that does not return logits.
 
     Source: a layer's loss alone as in Dong et al., HAWQ-V2, NeurIPS 2020, measured in place of estimated.
 
@@ -103,6 +103,13 @@ def allocate_bits(
     >>> found.average_bits <= 5.5, [found.spec.layer("1").bits == found.bits["1"]]
     (True, [True])
     """
+    if isinstance(batches, Tensor):
+        raise TypeError(f"batches must be a list of batches, got a tensor of shape {tuple(batches.shape)}: write [x]")
+    if quantized := list(named_quantized_layers(model)):
+        raise ValueError(
+            f"model must be float, got {len(quantized)} quantized layers ({quantized[0]}, ...): call this before it is "
+            "quantized, or lq.dequantize_model(model, keep_latent=True) first"
+        )
     if not (spec is None or isinstance(spec, QuantSpec)):
         raise TypeError(f"spec must be an lq.QuantSpec or None, got {spec!r}: write lq.QuantSpec()")
     spec, batches = spec or QuantSpec(), list(batches)
@@ -219,7 +226,7 @@ def _divergence(
     quantized = copy.deepcopy(model)
     apply_plan(quantized, make_plan(quantized, spec))
     follow_norms_of_run(quantized, lambda: run(quantized, batches[0]))
-    if spec.activation is not None:
+    if uncalibrated_layers(quantized):
         calibrate(quantized, batches, forward=run)
     quantized.eval()
     each = [distillation_loss(run(quantized, x), t) for x, t in zip(batches, targets, strict=True)]

@@ -52,7 +52,7 @@ class GroupRules:
 
     def __init__(self, optimizer: torch.optim.Optimizer, rules: Callable[[], Iterable[Rule]]) -> None:
         """Attach to the optimizer."""
-        self._optimizer, self._rules = optimizer, rules
+        self._optimizer, self._rules = optimizer, rules = _innermost(optimizer), rules
         self._split_groups: list[tuple[dict[str, Any], list[Any], list[dict[str, Any]]]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._split),
@@ -73,13 +73,16 @@ class GroupRules:
         for group in list(optimizer.param_groups):
             apart: dict[Rule, list[Any]] = {}
             for parameter in group["params"]:
-                if id(parameter) in rules:
+                if id(parameter) in rules and _differs(group, rules[id(parameter)]):
                     apart.setdefault(rules[id(parameter)], []).append(parameter)
             if not apart:
                 continue
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError("scale_lr_factor must be 1 with LBFGS, which has one learning rate for all: set it so")
             added = [self._group(group, rule, params) for rule, params in apart.items()]
             self._split_groups.append((group, group["params"], added))
-            group["params"] = [p for p in group["params"] if id(p) not in rules]
+            moved = {id(p) for params in apart.values() for p in params}
+            group["params"] = [p for p in group["params"] if id(p) not in moved]
             optimizer.param_groups.extend(added)
 
     @staticmethod
@@ -101,6 +104,19 @@ class GroupRules:
             group["params"] = params
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if not any(g is a for a in added)]
         self._split_groups.clear()
+
+
+def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The one whose step moves weights: those around another one, such as Lookahead, may call no hooks themselves."""
+    for inner in vars(optimizer).values():
+        if isinstance(inner, torch.optim.Optimizer) and inner.param_groups is optimizer.param_groups:
+            return _innermost(inner)
+    return optimizer
+
+
+def _differs(group: dict[str, Any], rule: Rule) -> bool:
+    """Whether a rule changes anything for parameters of a group."""
+    return rule.lr != 1 or bool(rule.weight_decay != 1 and group.get("weight_decay"))
 
 
 def decay_rules(layers: Iterable[QuantLayer]) -> list[Rule]:

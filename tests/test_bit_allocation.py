@@ -222,3 +222,25 @@ def test_widths_that_a_method_lacks_are_named(network):
     model, batches = network
     with pytest.raises(ValueError, match="widths must be such that the spec allows, got 6: candidates must be"):
         lq.allocate_bits(model, batches, lq.QuantSpec(quantizer="subset"), average_bits=4, progress=False)
+
+
+def test_inputs_that_overrides_alone_quantize_are_measured():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [torch.randn(32, 8)]
+    losses = []
+    for activation, own in ((None, "auto"), ("auto", "auto"), (None, None)):
+        spec = lq.QuantSpec(activation=activation, overrides={"2": {"activation": own, "activation_bits": 2}})
+        found = lq.allocate_bits(model, batches, spec, average_bits=5)
+        losses.append(found.losses["2"])
+    assert losses[0] == losses[1]
+    assert losses[0][8] > 100 * losses[2][8]
+
+
+def test_what_is_no_float_network_or_no_list_is_refused():
+    model, batches = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    with pytest.raises(TypeError, match=r"batches must be a list of batches, got a tensor of shape \(3, 4\): write"):
+        lq.allocate_bits(model, batches, average_bits=5)
+    lq.quantize_model(model, lq.QuantSpec())
+    with pytest.raises(ValueError, match=r"model must be float, got 2 quantized layers \(0, ...\): call this before"):
+        lq.allocate_bits(model, [batches], average_bits=5)

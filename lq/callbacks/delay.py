@@ -3,13 +3,13 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lq.calibration import uncalibrated_layers
 from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
 from lq.callbacks.forget import forget_best
+from lq.callbacks.guards import averages_weights
 from lq.callbacks.progressive import ProgressiveBits
 from lq.callbacks.steps import StepCounter
 from lq.checks import require_integer, require_number
@@ -70,7 +70,7 @@ class DelayedActivations(StepCounter):
             raise ValueError(
                 "DelayedActivations must come after ProgressiveBits, which sets levels of inputs: swap them"
             )
-        if any(isinstance(c, WeightAveraging) for c in callbacks):
+        if averages_weights(callbacks):
             raise ValueError("DelayedActivations cannot change averaged networks: leave one of the two out")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -139,6 +139,8 @@ class SelfDistillation(Callback):
                 return self._add(pl_module, step(*args, **kwargs))
             finally:
                 self._active = False
+                mine.clear()  # a part that does not run in the next step has no feature there
+                theirs.clear()
                 self._terms.clear()
                 self._inputs.clear()
 
@@ -187,6 +189,11 @@ class SelfDistillation(Callback):
         if self.teacher is not None:
             return
         student = self._student(pl_module)
+        if self.given is student:  # it is quantized by now
+            raise ValueError(
+                f"teacher must be another network than the student, got {type(student).__name__}, which is both: leave "
+                "it out for the student's float copy"
+            )
         teacher = copy.deepcopy(student if self.given is None else self.given)
         if self.given is None:
             dequantize_model(teacher, keep_latent=True)

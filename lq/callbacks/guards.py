@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lq.callbacks.hold import Hold, HoldOnPlateau
 from lq.checkpoints import differences
 from lq.functional import LevelStatistics
 from lq.network import scale_parameters
@@ -17,6 +18,7 @@ from lq.spec import LayerSpec, QuantSpec
 from lq.surgery import Found
 
 __all__ = [
+    "averages_weights",
     "check_averaging_order",
     "check_called",
     "check_collapse",
@@ -26,11 +28,25 @@ __all__ = [
     "check_stepped",
     "warn_of_late_averaging",
     "warn_of_other_schedule",
+    "warn_without_validation",
 ]
 
+_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 CLIPPED_LIMIT = 0.99
 ZERO_LIMIT = 0.999
 _WIDTHS = ("bits", "activation_bits", "levels", "grid", "normalize", "accumulator_bits")  # in which ends differ
+
+
+def averages_weights(callbacks: Sequence[Any]) -> bool:
+    """Whether a callback keeps a second network: an average of the weights, and of scales and ranges with them.
+
+    Args:
+        callbacks: of the trainer.
+
+    Returns:
+        True where one does.
+    """
+    return any(isinstance(c, _AVERAGING) for c in callbacks)
 
 
 def check_averaging_order(callbacks: Sequence[Any], callback: Any) -> None:
@@ -44,7 +60,7 @@ def check_averaging_order(callbacks: Sequence[Any], callback: Any) -> None:
         ValueError: where an averaging callback stands before it.
     """
     for other in callbacks[: callbacks.index(callback)]:
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+        if isinstance(other, _AVERAGING):
             ours, theirs = type(callback).__name__, type(other).__name__
             raise ValueError(
                 f"callbacks must list {ours} before {theirs}, got the reverse: {theirs} would copy the float model and "
@@ -218,6 +234,23 @@ def check_collapse(
                 f"overrides={{{path!r}: {{'bits': 8}}}}"
             )
     return frozenset(found)
+
+
+def warn_without_validation(hold: Hold | None, validates: bool) -> None:
+    """Say where a hold waits for a metric that nothing finds.
+
+    Args:
+        hold: the criterion.
+        validates: whether the fit has a validation.
+
+    Warns:
+        UserWarning: for `lq.HoldOnPlateau` in a fit without one.
+    """
+    if isinstance(hold, HoldOnPlateau) and not validates:
+        rank_zero_warn(
+            f"HoldOnPlateau({hold.monitor!r}) looks at its metric behind each validation, and this fit has none: give "
+            "it a validation set, or use HoldAtStep or HoldAtAlignment"
+        )
 
 
 def warn_of_other_schedule(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

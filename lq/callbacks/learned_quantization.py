@@ -25,6 +25,7 @@ from lq.callbacks.guards import (
     check_stepped,
     warn_of_late_averaging,
     warn_of_other_schedule,
+    warn_without_validation,
 )
 from lq.callbacks.patches import Patches
 from lq.callbacks.regularization import add_regularizer, check_regularizer
@@ -58,7 +59,8 @@ class LearnedQuantization(Callback):
         anneal: slope, hold and regularizer; or give its fields (``slope_end=16``, ...) as keywords.
         calibration_forward: runs the module on a batch to calibrate; needed only where the module optimizes manually
             and has no forward of its own.
-        log_every_n_steps: optimizer steps between logs; None takes ``Trainer(log_every_n_steps)``.
+        log_every_n_steps: optimizer steps between logs; None takes ``Trainer(log_every_n_steps)``, of which 0 logs
+            nothing.
         log_layers: whether to log every layer, too.
         **settings: fields of `lq.QuantSpec` and `lq.callbacks.AnnealSpec`.
 
@@ -169,10 +171,12 @@ class LearnedQuantization(Callback):
         count, run = self.anneal.calibration_batches, self.calibration_forward
         if fresh:
             order = calibrate_on_training_batches(trainer, pl_module, self.spec, count, run, self._order, self._fresh)
-            self.report, self._fresh = swap_report(make_plan(pl_module, self.spec, order)), []
+            self.report = swap_report(make_plan(pl_module, self.spec, order))
         follow_norms_on_training_batch(trainer, pl_module, run, calibrate=begins)
         if fresh and self.anneal.start_rounding:
             round_on_training_batches(trainer, pl_module, count, run)
+        self._fresh = []  # those of a fit that is resumed are not either
+        warn_without_validation(self.anneal.hold, trainer.enable_validation)
         check_optimizers(trainer.optimizers, pl_module)
         scales = Rule(tuple(scale_parameters(pl_module)), lr=self.anneal.scale_lr_factor, weight_decay=0.0)
         layers = named_quantized_layers(pl_module).values() if self.anneal.weight_decay_by_bits else ()

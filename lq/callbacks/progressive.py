@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lq.callbacks.batches import Forward
 from lq.callbacks.first_batches import recalibrate_on_training_batches
 from lq.callbacks.forget import forget_best
+from lq.callbacks.guards import averages_weights
 from lq.callbacks.learned_quantization import LearnedQuantization
 from lq.callbacks.steps import StepCounter
 from lq.checks import require_integer, require_number
@@ -92,7 +92,7 @@ class ProgressiveBits(StepCounter):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is an end, and no second network whose widths would stay behind."""
         super().on_train_start(trainer, pl_module)
-        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+        if averages_weights(trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError("ProgressiveBits cannot change the widths of averaged weights: leave one of the two out")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lq.callbacks.hold import Hold, HoldAtAlignment, HoldAtStep, HoldOnPlateau
+from lq.callbacks.steps import KNOWN_LENGTH
 from lq.checks import require_bool, require_integer, require_number, require_one_of
 from lq.functional.regularizer import REGULARIZERS
 from lq.functional.schedule import SCHEDULES, ramp
@@ -156,8 +157,8 @@ class Annealing:
             return int(value)
         if math.isinf(total_steps):
             raise ValueError(
-                f"{name} must be an integer for a fit without an end, got the fraction {value}: "
-                f"set Trainer(max_epochs=...) or give {name} in optimizer steps"
+                f"{name} must be an integer for a fit of unknown length, got the fraction {value}: {KNOWN_LENGTH}, or "
+                f"give {name} in optimizer steps"
             )
         return round(value * total_steps)
 

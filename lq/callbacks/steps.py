@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lq.nn import named_quantized_layers
 
-__all__ = ["StepCounter", "moves_weights", "part_of_fit", "steps_of_fit"]
+__all__ = ["KNOWN_LENGTH", "StepCounter", "moves_weights", "part_of_fit", "steps_of_fit"]
+
+KNOWN_LENGTH = "set Trainer(max_epochs=...), for data without a length max_steps or an integer limit_train_batches, too"
 
 
 def steps_of_fit(trainer: Trainer) -> float:
@@ -20,8 +23,21 @@ def steps_of_fit(trainer: Trainer) -> float:
     Returns:
         Their number, infinite where it is unknown: without an end, or over data without a length.
     """
-    total = trainer.estimated_stepping_batches
-    return math.inf if total < 0 else total
+    if (scheduler := _accumulation_scheduler(trainer)) is None:
+        total = trainer.estimated_stepping_batches
+        return math.inf if total < 0 else total
+    # Lightning's estimate knows what it accumulates over now, and that is set when an epoch begins
+    at_most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if batches == math.inf or epochs is None or epochs < 0:
+        return at_most
+    over = map(scheduler.get_accumulate_grad_batches, range(epochs))
+    return min(at_most, sum(math.ceil(batches / each) for each in over))
+
+
+def _accumulation_scheduler(trainer: Trainer) -> GradientAccumulationScheduler | None:
+    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    return next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
 
 
 def part_of_fit(trainer: Trainer, batches: int) -> float:
@@ -92,7 +108,7 @@ class StepCounter(Callback):
             )
         total = steps_of_fit(trainer)
         if math.isinf(total):
-            raise ValueError(f"{type(self).__name__} needs a fit with an end, got none: set Trainer(max_epochs=...)")
+            raise ValueError(f"{type(self).__name__} needs a fit of known length, got none: {KNOWN_LENGTH}")
         if self.step == 0:  # a trainer that has trained before begins anew with what is left
             self._before = part_of_fit(trainer, 0)
         self._length = 1 / max(1.0, total * (1 - self._before))
@@ -121,7 +137,7 @@ class StepCounter(Callback):
             self._stepped = False
             self.step, before = self.step + 1, self.part
             self._advance(trainer, batch_idx + 1)
-            if not pl_module.automatic_optimization:  # how often it steps shows only now
+            if not pl_module.automatic_optimization or _accumulation_scheduler(trainer):  # shows only now
                 self._length = self.part - before
             self.after_step(pl_module)
 

@@ -25,7 +25,7 @@ class QuantizationTracker(Callback):
     the trainer, so that ``ModelCheckpoint(monitor="lq/alignment")`` and its like can use them.
 
     Args:
-        every_n_steps: optimizer steps between logs; None takes ``Trainer(log_every_n_steps)``.
+        every_n_steps: optimizer steps between logs; None takes ``Trainer(log_every_n_steps)``, of which 0 logs nothing.
         layers: whether to log every layer, too.
 
     Raises:
@@ -46,7 +46,7 @@ class QuantizationTracker(Callback):
         self._logged_at = -1
 
     def due(self, trainer: Trainer, step: int) -> bool:
-        """Whether figures are to be logged after an optimizer step, at the latest at the end of an epoch.
+        """Whether figures are to be found after an optimizer step, at the latest at the end of an epoch.
 
         Args:
             trainer: the trainer.
@@ -55,8 +55,12 @@ class QuantizationTracker(Callback):
         Returns:
             True where they are.
         """
-        every = self.every_n_steps or trainer.log_every_n_steps or 1  # pyright: ignore[reportAttributeAccessIssue]
-        return step != self._logged_at and (step % every == 0 or trainer.is_last_batch)
+        every = self._every(trainer)
+        return step != self._logged_at and ((every > 0 and step % every == 0) or trainer.is_last_batch)
+
+    def _every(self, trainer: Trainer) -> int:
+        every = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        return int(every if self.every_n_steps is None else self.every_n_steps)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log when due."""
@@ -85,7 +89,7 @@ class QuantizationTracker(Callback):
         """
         self._logged_at = step
         values = network_metrics(pl_module, layers=self.layers, statistics=statistics) | (extra or {})
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if self._every(trainer) else ():
             logger.log_metrics(values, step=step)
         for name in map(metric, _MONITORED):
             if name in values:

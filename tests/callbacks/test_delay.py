@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
 import lq
 from lq.calibration import uncalibrated_layers
@@ -112,10 +112,10 @@ def test_bad_settings_are_named():
         lq.DelayedActivations(until=1)
     with pytest.raises(ValueError, match="calibration_batches must be an integer of at least 1, got 0"):
         lq.DelayedActivations(calibration_batches=0)
-    averaging = EMAWeightAveraging()
-    callbacks = [lq.LearnedQuantization(bits=3, calibration_batches=2), averaging, lq.DelayedActivations()]
-    with pytest.raises(ValueError, match="DelayedActivations cannot change averaged networks"):
-        fit(module(), callbacks, loader(4, shape=SHAPE))
+    for averaging in EMAWeightAveraging(), StochasticWeightAveraging(1e-3):
+        callbacks = [lq.LearnedQuantization(bits=3, calibration_batches=2), averaging, lq.DelayedActivations()]
+        with pytest.raises(ValueError, match="DelayedActivations cannot change averaged networks"):
+            fit(module(), callbacks, loader(4, shape=SHAPE))
     callbacks = [lq.LearnedQuantization(bits=3, calibration_batches=2), lq.DelayedActivations(), lq.ProgressiveBits()]
     with pytest.raises(ValueError, match="DelayedActivations must come after ProgressiveBits"):
         fit(module(), callbacks, loader(4, shape=SHAPE))

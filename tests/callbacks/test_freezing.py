@@ -187,5 +187,5 @@ def test_bad_values_are_named():
     with pytest.raises(ValueError, match="momentum must lie above 0"):
         lq.IterativeFreezing(momentum=0)
     callbacks = [lq.LearnedQuantization(**QUANTIZATION, anneal_steps=5), lq.IterativeFreezing()]
-    with pytest.raises(ValueError, match="needs a fit with an end"):
+    with pytest.raises(ValueError, match="needs a fit of known length"):
         fit(module(), callbacks, max_epochs=-1, max_steps=-1)

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -210,14 +212,15 @@ def test_an_empty_loader_is_refused():
         fit(Plain(), [lq.LearnedQuantization()], empty)
 
 
-def test_an_endless_fit_needs_steps():
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            while True:
-                yield torch.randn(8), torch.tensor(1)
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randn(8), torch.tensor(1)
 
+
+def test_an_endless_fit_needs_steps():
     with pytest.raises(
-        ValueError, match="anneal_steps must be an integer for a fit without an end, got the fraction 0.8"
+        ValueError, match="anneal_steps must be an integer for a fit of unknown length, got the fraction 0.8"
     ):
         fit(Plain(), [lq.LearnedQuantization()], DataLoader(Endless(), batch_size=4), epochs=-1)
     callback = lq.LearnedQuantization(anneal_steps=5, bits=3)
@@ -313,3 +316,21 @@ def test_a_network_of_the_same_spec_comes_back_and_another_is_named(quantizer):
     check_same_spec(find_layers(model), lq.QuantSpec(**spec))
     with pytest.raises(ValueError, match="differs in granularity: module .tensor., callback .channel."):
         check_same_spec(find_layers(model), lq.QuantSpec(**spec, granularity="channel"))
+
+
+@pytest.mark.parametrize("callback", [lq.IterativeFreezing, lq.ProgressiveBits])
+def test_schedules_over_data_without_a_length_name_what_gives_them_one(callback):
+    data = DataLoader(Endless(), batch_size=4)
+    callbacks = [lq.LearnedQuantization(anneal_steps=5, bits=3), callback()]
+    with pytest.raises(ValueError, match=r"needs a fit of known length, got none: .*integer limit_train_batches"):
+        fit(Plain(), callbacks, data, epochs=2)
+    fit(Plain(), callbacks, data, epochs=2, limit_train_batches=4)
+
+
+def test_a_plateau_needs_a_validation():
+    quantization = lq.LearnedQuantization(bits=3, hold=HoldOnPlateau("val/loss"))
+    with pytest.warns(UserWarning, match=r"HoldOnPlateau\('val/loss'\) looks at its metric .* this fit has none"):
+        fit(Plain(), [quantization])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="HoldOnPlateau")
+        Trainer(**TRAINER, max_epochs=1, callbacks=[quantization]).fit(Plain(), loader(), loader())

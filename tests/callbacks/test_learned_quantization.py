@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import lq
 from lq.calibration import uncalibrated_layers
-from lq.callbacks import HoldAtStep
+from lq.callbacks import HoldAtAlignment, HoldAtStep
 from lq.callbacks.schedule import Annealing, AnnealSpec
 from lq.data import DigitsData
 from lq.nn import named_quantized_layers
@@ -167,6 +167,47 @@ def test_a_fraction_of_the_fit_becomes_steps():
     callback = lq.LearnedQuantization(anneal_steps=0.5)
     fit(Plain(), [callback], epochs=3, accumulate_grad_batches=2)
     assert callback.annealing.steps == 9
+
+
+@pytest.mark.parametrize(("over", "steps"), [({0: 4}, 9), ({0: 1, 1: 5}, 12 + 3 + 3)])
+def test_a_scheduler_of_accumulation_is_heeded(over, steps):
+    callback, freezing = lq.LearnedQuantization(anneal_steps=0.5), lq.IterativeFreezing()
+    ends = []
+    freezing.after_step = lambda module: ends.append(freezing.part)
+    fit(Plain(), [callback, freezing, GradientAccumulationScheduler(over)], epochs=3)
+    assert len(ends) == callback.annealing.step == steps
+    assert callback.annealing.steps == round(0.5 * steps)
+    assert callback.annealing.start == int(0.9 * steps)
+    assert callback.annealing.strength == 1.0
+    assert ends[-1] == 1.0
+
+
+def test_layers_of_a_resumed_fit_are_not_rounded_again(tmp_path, monkeypatch):
+    rounded = []
+    name = "lq.callbacks.learned_quantization.round_on_training_batches"
+    monkeypatch.setattr(name, lambda *_: rounded.append(1))
+
+    def quantization():
+        return lq.LearnedQuantization(bits=3, start_rounding="error_feedback", calibration_batches=2)
+
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    fit(Plain(), [quantization(), saver], epochs=1, enable_checkpointing=True)
+    assert rounded == [1]
+    callback, module = quantization(), Plain()
+    Trainer(**TRAINER, max_epochs=2, callbacks=[callback]).fit(
+        module, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+    fit(module, [callback])
+    assert rounded == [1]
+
+
+def test_a_trainer_that_logs_nothing_is_heeded(tmp_path):
+    logger, rows = CSVLogger(tmp_path), []
+    logger.log_metrics = lambda m, step=None: rows.append(m)
+    callback = lq.LearnedQuantization(bits=3, hold=HoldAtAlignment(-1.0))
+    fit(Plain(), [callback], logger=logger, log_every_n_steps=0)
+    assert not any("lq/alignment" in row for row in rows)
+    assert callback.annealing.held_at == 12  # seen at the end of the epoch
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])

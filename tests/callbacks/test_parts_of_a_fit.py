@@ -26,7 +26,8 @@ def test_what_waits_for_a_better_metric_begins_anew_with_each_width():
     monitored, progress = Monitored(small_cnn()), lq.ProgressiveBits([8, 4], until=0.5)
     stopping = EarlyStopping("score", mode="max", patience=3, check_on_train_epoch_end=True, min_delta=0.0)
     quantization = lq.LearnedQuantization(**QUANTIZATION, hold=lq.HoldOnPlateau("score", mode="max", patience=9))
-    trainer = fit(monitored, [quantization, progress, stopping], loader(2, shape=SHAPE), epochs=8)
+    with pytest.warns(UserWarning, match="HoldOnPlateau"):  # has no validation
+        trainer = fit(monitored, [quantization, progress, stopping], loader(2, shape=SHAPE), epochs=8)
     assert trainer.current_epoch == 8  # a best of 3.0 would have stopped it in the fourth epoch
     assert stopping.best_score == 1.0
     assert progress.stage == 2

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 import lq
@@ -136,14 +136,16 @@ def test_bad_values_and_partners_are_named():
         lq.ProgressiveBits(until=1)
     with pytest.raises(ValueError, match="calibration_batches must be an integer of at least 1, got 0"):
         lq.ProgressiveBits(calibration_batches=0)
+    averaging = StochasticWeightAveraging(1e-3)
     for callbacks, changes, message in (
         ([lq.LearnedQuantization(**QUANTIZATION), EMAWeightAveraging()], {}, "cannot change the widths of averaged"),
+        ([lq.LearnedQuantization(**QUANTIZATION), averaging], {}, "cannot change the widths of averaged"),
         (
             [lq.LearnedQuantization(**QUANTIZATION, quantizer="nulsq")],
             {},
             "parameters do not depend on the width",
         ),
-        ([lq.LearnedQuantization(**QUANTIZATION, anneal_steps=3)], {"max_epochs": -1}, "needs a fit with an end"),
+        ([lq.LearnedQuantization(**QUANTIZATION, anneal_steps=3)], {"max_epochs": -1}, "needs a fit of known length"),
         ([lq.LearnedQuantization(**QUANTIZATION, start_rounding="error_feedback")], {}, "start_rounding must be None"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -144,7 +144,9 @@ class Endless(IterableDataset):
 
 
 def test_data_without_a_length_asks_for_steps():
-    with pytest.raises(ValueError, match="anneal_steps must be an integer for a fit without an end, got the fraction"):
+    with pytest.raises(
+        ValueError, match="anneal_steps must be an integer for a fit of unknown length, got the fraction"
+    ):
         fit(Plain(), [lq.LearnedQuantization()], DataLoader(Endless(), batch_size=8))
     callback = lq.LearnedQuantization(anneal_steps=5)
     fit(Plain(), [callback], DataLoader(Endless(), batch_size=8))

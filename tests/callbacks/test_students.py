@@ -60,6 +60,34 @@ def test_features_are_those_of_the_call_that_is_compared(monkeypatch):
         torch.testing.assert_close(mine, theirs, atol=0.1, rtol=0.1)
 
 
+class Skips(nn.Module):
+    """Leaves a part out from its third call on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.part, self.last, self.calls = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.first(x).relu()
+        return self.last(self.part(x) if self.calls < 3 else x)
+
+
+def test_a_part_that_no_longer_runs_is_named():
+    distillation = lq.SelfDistillation("net", features=["part"], feature_weight=1.0)
+    with pytest.raises(ValueError, match="got 'part', which did not run in the student"):
+        fit(Plain(Skips()), [distillation], loader(5))
+
+
+def test_the_student_is_no_teacher_of_itself():
+    plain = Plain()
+    distillation = lq.SelfDistillation("net", teacher=plain.net)
+    with pytest.raises(
+        ValueError, match="teacher must be another network than the student, got Sequential, .* leave it out"
+    ):
+        fit(plain, [lq.LearnedQuantization(bits=3), distillation], loader(2))
+
+
 class Checkpointed(nn.Module):
     def __init__(self, network):
         super().__init__()
