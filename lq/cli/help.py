@@ -88,7 +88,7 @@ def _instance_lines(node: DictConfig, prefix: str) -> list[str]:
         if isinstance(value, dict) and "_target_" in value:
             lines += _instance_lines(node[name], f"{prefix}{name}.")
         elif name != "_target_":
-            lines.append(entry(f"{prefix}{name}", shown(docs.get(name, ""), value)))
+            lines.append(entry(f"{prefix}{name}", shown(docs.get(str(name), ""), value)))
     return lines
 
 
