@@ -1,4 +1,4 @@
-"""One job of a sweep that trains on several devices, in processes of its own."""
+"""One job of a sweep under a strategy that starts processes, in processes of its own."""
 
 import subprocess
 import sys
@@ -19,10 +19,10 @@ _OF_THE_SWEEP = ("hydra.mode", "hydra.run.dir", "hydra.sweep", "hydra/sweeper", 
 
 
 def needs_own_processes(config: DictConfig) -> bool:
-    """Whether this is a job of a sweep whose Trainer starts processes for further devices.
+    """Whether this is a job of a sweep whose Trainer starts processes for further devices, or would with more of them.
 
     Lightning starts them with the arguments of this process, which are those of the whole sweep, and only once in the
-    life of a process.
+    life of a process; in that process it leaves the first one's address to all that follow, of one device, too.
 
     Args:
         config: composed by Hydra.
@@ -34,7 +34,7 @@ def needs_own_processes(config: DictConfig) -> bool:
         return False
     arguments: Any = OmegaConf.to_container(config.trainer, resolve=True)
     trainer = Trainer(**{**arguments, "logger": False})
-    return trainer.world_size > 1 and trainer.strategy.launcher is not None
+    return trainer.strategy.launcher is not None
 
 
 def run_in_own_processes(config: DictConfig) -> Outcome:

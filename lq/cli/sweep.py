@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 __all__ = ["ParentRun"]
 
@@ -28,7 +28,9 @@ class ParentRun(Callback):
             return
         assert GlobalHydra.instance().is_initialized()
         os.environ.pop(PARENT_RUN, None)
-        logger = instantiate(config.logger, run_name="sweep " + " ".join(config.hydra.overrides.task))
+        # what was asked for may hold interpolations that only jobs can resolve
+        asked: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        logger = instantiate(config.logger, _partial_=True)(run_name=" ".join(["sweep", *asked]))
         run_id = logger.run_id
         logger.experiment.set_tag(run_id, "lq.sweep", "true")
         os.environ[PARENT_RUN] = run_id

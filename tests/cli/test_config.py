@@ -1,9 +1,12 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -11,6 +14,7 @@ from lq._paths import home
 from lq.callbacks import HoldAtAlignment, SelfDistillation
 from lq.cli.config import GROUPS, build, register
 from lq.cli.help import help_text
+from lq.cli.job import needs_own_processes
 from lq.cli.schema import argument_docs
 from lq.cli.search_config import SEARCH_GROUPS, build_search, register_search
 from lq.experiment import run
@@ -215,3 +219,19 @@ def test_help_of_search_names_groups_fields_and_recipes():
     assert "schedule" not in text
     assert "search_" not in help_text("train")
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("trainer", "own"),
+    [
+        (["devices=2"], True),
+        (["devices=1", "strategy=ddp"], True),  # else it would leave its address to the jobs after it
+        (["devices=1"], False),
+    ],
+)
+def test_jobs_get_processes_of_their_own_where_their_strategy_starts_some(monkeypatch, trainer, own):
+    config = composed("trainer.accelerator=cpu", *[f"trainer.{argument}" for argument in trainer])
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
+    assert needs_own_processes(config) is own
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.RUN))
+    assert not needs_own_processes(config)
