@@ -92,7 +92,8 @@ def found(options: argparse.Namespace, change: str) -> dict[int, float]:
 
 def show(options: argparse.Namespace) -> str:
     """Accuracy and difference from the unchanged method, a table in Markdown for the method and one for the extras."""
-    return "\n\n".join(filter(None, [_table(options, OWN), _table(options, ["unchanged", *EXTRA])]))
+    tables = filter(None, [_table(options, OWN), _table(options, ["unchanged", *EXTRA])])
+    return "\n\n".join(tables) or f"nothing but unchanged, if that, has rows of these settings in {PATH.name}"
 
 
 def _table(options: argparse.Namespace, changes: Iterable[str]) -> str:
@@ -111,18 +112,25 @@ def _table(options: argparse.Namespace, changes: Iterable[str]) -> str:
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
-    parser.add_argument("--method", choices=METHODS, default=BASE, help="what is changed")
-    parser.add_argument("--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20", help="default %(default)s")
+    parser.add_argument(
+        "--method", choices=METHODS, default=BASE, metavar="METHOD", help="what is changed, default soft"
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations, default 2"
+    )
     parser.add_argument(
         "--changes",
         nargs="+",
         choices=[*CHANGES, "extras"],
         default=list(CHANGES),
-        help="extras are what any quantizer can be trained with",
+        metavar="CHANGE",
+        help="without it all but the last: "
+        + ", ".join(f'"{change}"' for change in [*CHANGES, "extras"])
+        + " (all that any quantizer can be trained with)",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=positive(int), default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default 0 1 2")
+    parser.add_argument("--epochs", type=positive(int), default=1, help="default 1")
     parser.add_argument("--lr", type=positive(float), help="peak learning rate")
     parser.add_argument("--extras", choices=EXTRAS, help="as in accuracy.py")
     parser.add_argument("--show", action="store_true", help="print what there is")

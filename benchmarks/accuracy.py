@@ -131,10 +131,13 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
-    parser.add_argument("--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20", help="default %(default)s")
+    parser.add_argument(
+        "--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations, default 2"
+    )
+    every = "without it all: " + ", ".join(f'"{method}"' if " " in method else method for method in METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=every)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default 0")
     parser.add_argument("--epochs", type=positive(int), help="without it 3, 10 for MobileNet")
     parser.add_argument(
         "--lr", type=positive(float), help="peak learning rate of all methods; without it the network's own"
