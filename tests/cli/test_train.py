@@ -114,20 +114,22 @@ def test_a_sweep_on_two_devices_leaves_one_run_and_one_file_per_job(tmp_path):
     mine.parent.mkdir(parents=True)
     mine.write_text("# @package _global_\ndefaults: [digits]\nquantizer:\n  bits: 3\n")
     several = ["trainer.devices=2", "trainer.strategy=ddp", "pretrain_epochs=0", "output_dir=out/${hydra:job.num}"]
-    own = ["--config-dir", str(mine.parents[1]), "recipes=mine", "hydra.sweep.dir=a sweep"]
+    own = ["--config-dir", str(mine.parents[1]), "recipes=mine", "seed=3,4", "hydra.sweep.dir=a sweep"]
     done = lq("train", "-m", *own, *QUICK, *several, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("test accuracy, quantized") == 1
-    layers = named_quantized_layers(package.load(tmp_path / "out" / "0" / "network.lq.safetensors"))
-    assert [layer.weight_quantizer.codes.bits for layer in layers.values()] == [8, *[3] * 6, 8]
-    assert {path.name for path in (tmp_path / "a sweep" / "0").iterdir()} >= {".hydra", "train.log"}
+    assert done.stdout.count("test accuracy, quantized") == 2
+    for job in "01":
+        layers = named_quantized_layers(package.load(tmp_path / "out" / job / "network.lq.safetensors"))
+        assert [layer.weight_quantizer.codes.bits for layer in layers.values()] == [8, *[3] * 6, 8]
+        assert {path.name for path in (tmp_path / "a sweep" / job).iterdir()} >= {".hydra", "train.log"}
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
-    assert [run.info.status for run in runs] == ["FINISHED"] * 2
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
     (sweep,) = [run for run in runs if run.data.tags.get("lq.sweep")]
     assert "output_dir=out/${hydra:job.num}" in sweep.info.run_name
-    (nested,) = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == sweep.info.run_id]
-    assert nested.data.params["trainer/devices"] == "2"
+    nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == sweep.info.run_id]
+    assert {run.data.params["trainer/devices"] for run in nested} == {"2"}
+    assert {run.data.params["seed"] for run in nested} == {"3", "4"}
 
 
 @pytest.mark.parametrize(
