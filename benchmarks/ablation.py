@@ -10,6 +10,7 @@ method, seed by seed.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterable
 
@@ -114,10 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="resnet20", help="default %(default)s")
     parser.add_argument(
-        "--method", choices=METHODS, default=BASE, metavar="METHOD", help="what is changed, default soft"
+        "--method", choices=METHODS, default=BASE, metavar="METHOD", help="what is changed, default %(default)s"
     )
     parser.add_argument(
-        "--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations, default 2"
+        "--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations, default %(default)s"
     )
     parser.add_argument(
         "--changes",
@@ -125,12 +126,11 @@ def main() -> None:
         choices=[*CHANGES, "extras"],
         default=list(CHANGES),
         metavar="CHANGE",
-        help="without it all but the last: "
-        + ", ".join(f'"{change}"' for change in [*CHANGES, "extras"])
-        + " (all that any quantizer can be trained with)",
+        help="without it all but extras, all that any quantizer can be trained with: "
+        + ", ".join(map(shlex.quote, [*CHANGES, "extras"])),
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default 0 1 2")
-    parser.add_argument("--epochs", type=positive(int), default=1, help="default 1")
+    parser.add_argument("--epochs", type=positive(int), default=1, help="default %(default)s")
     parser.add_argument("--lr", type=positive(float), help="peak learning rate")
     parser.add_argument("--extras", choices=EXTRAS, help="as in accuracy.py")
     parser.add_argument("--show", action="store_true", help="print what there is")

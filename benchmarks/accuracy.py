@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -133,9 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="resnet20", help="default %(default)s")
     parser.add_argument(
-        "--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations, default 2"
+        "--bits", type=int, choices=range(2, 9), default=2, help="of weights and activations, default %(default)s"
     )
-    every = "without it all: " + ", ".join(f'"{method}"' if " " in method else method for method in METHODS)
+    every = "without it all: " + ", ".join(map(shlex.quote, METHODS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=every)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default 0")
     parser.add_argument("--epochs", type=positive(int), help="without it 3, 10 for MobileNet")
